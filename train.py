@@ -1,0 +1,241 @@
+"""
+Train a language model on a dataset of tokens, from scratch or from any checkpoint.
+
+    python train.py                                   the default: Shakespeare's plays, on whatever is here
+    python train.py config/train_gpt2.py              a config file
+    python train.py --tokenizer=byte --n_layer=6      settings
+    python train.py --init_from=resume                go on after a stop, with the run's own settings
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+
+The dataset is prepared first if it is not there yet. Every random choice is a function of (seed, step):
+a run that was resumed, on as many ranks as you like, sees the batches of one that never stopped.
+"""
+import math, sys, time
+from dataclasses import asdict
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+from bpe import printable
+from configurator import (Logger, StopSignal, configure, learning_rate_at, load_checkpoint, peak_memory_mb,
+                          resume_settings, rng, save_checkpoint, seed_for, start_run)
+from data.dataset import load_dataset
+from model import GPTConfig, load_model
+
+# -----------------------------------------------------------------------------
+# where and when
+out_dir = 'out/base'               # folder of the run: checkpoints, log, curves
+init_from = 'scratch'              # 'scratch' | 'resume' | a run's folder | a Hugging Face folder or name
+seed = 1337                        # every random choice is a function of (seed, step)
+eval_interval = 250                # steps between evaluations, each with a sample and a checkpoint
+eval_iters = 0                     # validation batches, evenly spread; 0 = the whole validation set
+eval_only = False                  # evaluate once and stop
+log_interval = 10                  # steps between lines of the log
+sample_tokens = 128                # tokens sampled at each evaluation
+always_save_checkpoint = True      # False = only when the validation loss improves
+tensorboard_log = False            # log to out_dir/tensorboard
+wandb_log = False                  # log to Weights & Biases
+wandb_project = 'nanollm'
+wandb_run_name = 'base'
+# data
+dataset = 'shakespeare'            # a folder of data/
+tokenizer = ''                     # 'byte' | 'bpe' | 'gpt2' | a tokenizer.json; '' = as the dataset was prepared
+vocab_size = 0                     # of a 'bpe' tokenizer; 0 = as the dataset was prepared
+gradient_accumulation_steps = 1    # micro-batches a step, over all ranks together
+batch_size = 32                    # sequences in a micro-batch
+block_size = 128                   # tokens of context
+# model: see GPTConfig in model.py
+n_layer = 4
+n_head = 4
+n_kv_head = 0                      # key/value heads (grouped-query attention); 0 = n_head
+n_embd = 128
+head_dim = 0                       # 0 = n_embd / n_head
+n_hidden = 0                       # width of the MLP; 0 = the usual one
+dropout = 0.0
+bias = False                       # in linear layers and LayerNorm
+norm = 'rmsnorm'                   # 'layernorm' | 'rmsnorm'
+pos = 'rope'                       # 'learned' | 'sinusoidal' | 'rope'
+rope_base = 10000.0
+mlp = 'relu2'                      # 'gelu' | 'swiglu' | 'relu2'
+qk_norm = True                     # RMSNorm on queries and keys
+window = 0                         # a token sees the last `window` tokens; 0 = all
+n_sink = 0                         # first tokens that stay visible behind the window
+n_expert = 0                       # experts a layer (mixture of experts); 0 = dense
+n_expert_active = 2                # experts a token goes through
+moe_every = 1                      # 2 = every other layer stays dense
+moe_aux_weight = 0.01              # weight of the load-balancing loss
+tie_weights = True                 # the output head is the token embedding
+attn = 'auto'                      # 'auto' | 'sdpa' (PyTorch's fused attention) | 'manual' (by hand)
+# optimizer and schedule
+optimizer = 'muon'                 # 'muon' (matrices of the blocks; AdamW for the rest) | 'adamw'
+learning_rate = 3e-3               # of AdamW, at the top of the schedule
+muon_lr = 0.02                     # of Muon, on the same schedule
+max_iters = 1000
+weight_decay = 0.1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0                    # largest gradient norm; 0 = no clipping
+decay_lr = True                    # False = constant after warm-up
+lr_schedule = 'linear'             # 'cosine' | 'linear' | 'wsd' (warm-up, stable, decay) | 'constant'
+cooldown_frac = 0.2                # share of a 'wsd' schedule that decays
+warmup_iters = 20
+lr_decay_iters = 0                 # step at which min_lr is reached; 0 = max_iters
+min_lr = 0.0
+# machine
+backend = 'nccl'                   # of torch.distributed on GPUs; on CPUs it is gloo
+device = 'auto'                    # 'auto' | 'cpu' | 'cuda' | 'cuda:1' | 'mps'
+dtype = 'auto'                     # 'auto' | 'float32' | 'bfloat16' | 'float16'
+compile = 'auto'                   # 'auto' | True | False: torch.compile
+# -----------------------------------------------------------------------------
+
+def get_batch(data, starts, block_size, vocab_size):
+    """Sequences of block_size tokens from each start: x (B, T), and y, the same shifted by one, so that
+    y[:, t] is what follows x[:, t]. ValueError for an id that the vocabulary does not have."""
+    tokens = data[np.asarray(starts)[:, None] + np.arange(block_size + 1)].astype(np.int64)
+    if tokens.max() >= vocab_size:
+        row, column = np.unravel_index(tokens.argmax(), tokens.shape)
+        raise ValueError(f'{data.filename}: token {tokens.max()} at offset {int(starts[row]) + column}, but the '
+                         f'vocabulary has {vocab_size}; prepare the dataset again')
+    tokens = torch.from_numpy(tokens)
+    return tokens[:, :-1], tokens[:, 1:]
+
+def batch_starts(n_tokens, step, config):
+    """Where the sequences of a step begin, for all ranks together: a function of (seed, step) alone."""
+    count = config['gradient_accumulation_steps'] * config['batch_size']
+    return torch.randint(n_tokens - config['block_size'], (count,), generator=rng(config['seed'], step))
+
+@torch.no_grad()
+def evaluate(model, data, config, run):
+    """Validation loss, nats a token: over the whole of `data` in blocks of block_size side by side, or over
+    eval_iters batches of them, evenly spread and always the same. The ranks share the work."""
+    T, B, training = config['block_size'], config['batch_size'], model.training
+    starts = np.arange(0, len(data) - T, T)
+    if config['eval_iters']:
+        starts = starts[np.unique(np.linspace(0, len(starts) - 1, config['eval_iters'] * B).astype(int))]
+    total = torch.zeros(2, dtype=torch.float64)
+    model.eval()
+    for i in range(run.rank * B, len(starts), run.world * B):
+        x, y = get_batch(data, starts[i:i + B], T, model.config.vocab_size)
+        with run.autocast:
+            _, loss = model(x.to(run.device), y.to(run.device))
+        total += torch.tensor([loss.item() * y.numel(), y.numel()])
+    model.train(training)
+    if run.world > 1:
+        total = total.to(run.device, torch.float32 if run.type == 'mps' else torch.float64)
+        dist.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+if __name__ == "__main__":
+    config = configure(globals())
+
+    # 1. data, model, machine
+    checkpoint = load_checkpoint(out_dir) if init_from == 'resume' else {}
+    if checkpoint:
+        globals().update(resume_settings(config, checkpoint['config'], GPTConfig.__dataclass_fields__))
+    train_data, val_data, meta, tok = load_dataset(dataset, block_size, tokenizer, vocab_size)
+    model, tok = load_model(init_from if not checkpoint else checkpoint, config, tok)
+    first, best_val_loss = checkpoint.get('step', 0), checkpoint.get('best_val_loss', math.inf)
+    sequences = gradient_accumulation_steps * batch_size  # a step's, over all ranks
+    run = start_run(config, flops=model.flops_per_token(block_size) * sequences * block_size * (max_iters - first))
+    if sequences % run.world:
+        raise ValueError(f'gradient_accumulation_steps {gradient_accumulation_steps} * batch_size {batch_size} sequences '
+                         f'cannot be shared by {run.world} ranks; make their product a multiple of {run.world}')
+    model.to(run.device)
+    optimizers = model.optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), muon_lr)
+    for o, state in zip(optimizers, checkpoint.get('optimizer', [])):
+        now = [{k: v for k, v in group.items() if k != 'params'} for group in o.param_groups]
+        o.load_state_dict(state)
+        for group, settings in zip(o.param_groups, now):  # what was set for this run, not what was saved
+            group.update(settings)
+    trained = torch.compile(model) if run.compile else model
+    if run.world > 1:
+        trained = DDP(trained, device_ids=[run.device] if run.type == 'cuda' else None)
+    logger = Logger(out_dir, config, first, run.master)
+    stop = StopSignal()
+    bytes_per_token = meta['val_bytes'] / meta['val_tokens']
+    if run.master:
+        print(f"{model.n_params():,} parameters; {dataset}: {len(train_data):,} tokens to train on, {len(val_data):,} to "
+              f"validate on, {bytes_per_token:.2f} bytes a token; {sequences * block_size:,} tokens a step")
+
+    def snapshot(step):
+        return {'stage': 'train', 'step': step, 'model': model.state_dict(), 'model_args': asdict(model.config),
+                'optimizer': [o.state_dict() for o in optimizers], 'config': config, 'tokenizer': tok.to_dict(),
+                'best_val_loss': best_val_loss}
+
+    began = last_time = time.time()
+    train_seconds = 0.0
+    for step in range(first, max_iters + 1):
+        # 2. learning rate
+        lr = learning_rate_at(step, config)
+        for group in (g for o in optimizers for g in o.param_groups):
+            group['lr'] = lr * group['lr_scale']
+
+        # 3. save, evaluate, sample
+        done = step >= max_iters or stop.requested
+        if done or eval_only or step % eval_interval == 0:
+            if run.master and always_save_checkpoint and not eval_only and step > first:
+                save_checkpoint(out_dir, snapshot(step), final=done)
+            if stop.requested:
+                break
+            whole = step >= max_iters and not eval_only  # the last figure is of the whole validation set
+            val_loss = evaluate(model, val_data, dict(config, eval_iters=0) if whole else config, run)
+            val_bpb = val_loss / bytes_per_token / math.log(2)
+            logger.log(step, {'val_loss': val_loss, 'val_bpb': val_bpb})
+            if val_loss < best_val_loss and run.master and not eval_only:
+                best_val_loss = val_loss
+                save_checkpoint(out_dir, snapshot(step), 'ckpt_best.pt')
+            if run.master and sample_tokens:
+                prompt = torch.tensor([tok.encode('\n')], device=run.device)
+                ids = model.generate(prompt, sample_tokens, temperature=0.8, generator=rng(seed, step, device=run.device))
+                print(printable(tok.decode(ids[0].tolist())), flush=True)
+            last_time = time.time()
+        if done or eval_only:
+            break
+
+        # 4. forward and backward, a micro-batch at a time
+        torch.manual_seed(seed_for(seed, step, run.rank))  # the dropout masks of this step
+        mine = batch_starts(len(train_data), step, config).chunk(run.world)[run.rank]
+        micro_batches, loss = mine.split(batch_size), 0.0
+        for i, starts in enumerate(micro_batches):
+            x, y = get_batch(train_data, starts, block_size, model.config.vocab_size)
+            if run.world > 1:  # the ranks exchange gradients once a step
+                trained.require_backward_grad_sync = i == len(micro_batches) - 1
+            with run.autocast:
+                _, micro_loss = trained(x.to(run.device, non_blocking=True), y.to(run.device, non_blocking=True))
+                total = micro_loss + moe_aux_weight * model.aux_loss() if n_expert else micro_loss
+            run.scaler.scale(total * (len(starts) / len(mine))).backward()
+            loss += micro_loss.detach() * (len(starts) / len(mine))
+
+        # 5. clip and step
+        for o in optimizers:
+            run.scaler.unscale_(o)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        if not torch.isfinite(grad_norm) and not run.scaler.is_enabled():
+            raise ValueError(f'step {step}: loss {loss:.4g}, gradient norm {grad_norm:.4g}: the run has diverged; lower '
+                             f'learning_rate or raise warmup_iters, and go on from {out_dir} by --init_from=resume')
+        for o in optimizers:
+            run.scaler.step(o)
+            o.zero_grad(set_to_none=True)
+        run.scaler.update()
+
+        # 6. log
+        if step % log_interval == 0:
+            loss = loss.item()  # waits for the GPU, so it comes before the clock is read
+        now = time.time()
+        train_seconds += now - last_time
+        if step % log_interval == 0:
+            speed = sequences * block_size / (now - last_time)
+            logger.log(step, {'loss': loss, 'lr': lr, 'grad_norm': grad_norm.item(), 'ms': 1000 * (now - last_time),
+                              'tokens_per_second': speed})
+        last_time = now
+
+    # 7. the end
+    if stop.requested:
+        print(f'stopped at step {step}; go on with: python train.py --init_from=resume --out_dir={out_dir}')
+        sys.exit(stop.exit_code)
+    seconds = time.time() - began
+    logger.final({'val_loss': val_loss, 'val_bpb': val_bpb, 'val_nats_per_byte': val_bpb * math.log(2),
+                  'tokens_per_second': (step - first) * sequences * block_size / max(train_seconds, 1e-9),
+                  'seconds': seconds, 'peak_memory_mb': peak_memory_mb(run.type), 'steps': step, 'parameters': model.n_params()})
+    if run.world > 1:
+        dist.destroy_process_group()
