@@ -41,10 +41,8 @@ def apply_merges(word, merges):
     return word
 
 def train_bpe(text, n_tokens, pattern):
-    """
-    A vocabulary of n_tokens (fewer if the text has no more pairs), as a list of bytes: the 256 single ones,
-    then what each merge made: of the most frequent pair, of equally frequent ones that of smaller ids.
-    """
+    """A vocabulary of n_tokens (fewer if the text has no more pairs), as a list of bytes: the 256 single ones,
+    then what each merge made: of the most frequent pair, of equally frequent ones that of smaller ids."""
     text.encode()  # a lone surrogate has no bytes: UnicodeEncodeError, a ValueError, names its position
     word_counts = Counter(regex.findall(pattern, text))                # each different word is merged once
     words = [word.encode().decode('latin-1') for word in word_counts]  # one character a byte
@@ -85,13 +83,11 @@ def forms(pattern):
     return [[split, level | {'use_regex': False}], *own.get(pattern, [])]
 
 class Tokenizer:
-    """
-    Byte-level BPE. Ours number the 256 bytes by value, then what merges make, then the special tokens.
+    """Byte-level BPE. Ours number the 256 bytes by value, then what merges make, then the special tokens.
 
     Special tokens, and all added tokens of a loaded file, are encoded only with special=True: in a user's
     text the same characters are just text. No start token is put in front. So ids equal those of Hugging
-    Face's tokenizers with add_special_tokens=False, on any text that spells no added token.
-    """
+    Face's tokenizers with add_special_tokens=False, on any text that spells no added token."""
     def __init__(self, tokens, special=None, pattern='digits', normalizer=None, whole_words=False):
         self.tokens = dict(tokens)      # {id: bytes}, the special ones apart
         self.special = special or {}    # {name: id}
@@ -142,8 +138,7 @@ class Tokenizer:
         except (OSError, ValueError) as error:
             raise ValueError("cannot get GPT-2's vocabulary from openaipublic.blob.core.windows.net "
                              f'({type(error).__name__}): give the path of its tokenizer.json') from None
-        tokens = {id: token for token, id in gpt2._mergeable_ranks.items()}
-        return cls(tokens, dict(gpt2._special_tokens), 'gpt2')
+        return cls({id: token for token, id in gpt2._mergeable_ranks.items()}, dict(gpt2._special_tokens), 'gpt2')
 
     def _merged(self, word):
         return apply_merges(''.join(self.char_of[byte] for byte in word), self.merges)
@@ -163,11 +158,9 @@ class Tokenizer:
     def encode(self, text, special=False):
         text = self._normalized(text)
         if self._encoder is None:
-            ranks = {token: id for id, token in self.tokens.items()}
-            self._encoder = tiktoken.Encoding('nanollm', pat_str=PATTERNS[self.pattern],
-                                              mergeable_ranks=ranks, special_tokens=self.special)
-        encoder = self._encoder
-        return encoder.encode(text, allowed_special='all') if special else encoder.encode_ordinary(text)
+            self._encoder = tiktoken.Encoding('nanollm', pat_str=PATTERNS[self.pattern], special_tokens=self.special,
+                                              mergeable_ranks={token: id for id, token in self.tokens.items()})
+        return self._encoder.encode(text, allowed_special='all') if special else self._encoder.encode_ordinary(text)
 
     def decode_bytes(self, ids):
         try:
@@ -256,11 +249,9 @@ def check_texts(row, *keys):
     return [row[key] for key in keys]
 
 def render_chat(messages, tokenizer):
-    """
-    The ids of [{'role', 'content'}, ...] as <|user|>...<|end|><|assistant|>...<|end|>, and for each id 1 if
+    """The ids of [{'role', 'content'}, ...] as <|user|>...<|end|><|assistant|>...<|end|>, and for each id 1 if
     the loss counts it: the assistant's words and its <|end|>. If the user speaks last, <|assistant|> follows,
-    to be continued. A system message may come first: its text and an empty line open the first user's.
-    """
+    to be continued. A system message may come first: its text and an empty line open the first user's."""
     if not {'<|user|>', '<|assistant|>', '<|end|>'} <= tokenizer.special.keys():
         raise ValueError('the tokenizer has no special tokens for chats: call its add_special(bpe.SPECIAL)')
     begin = {role: tokenizer.special[f'<|{role}|>'] for role in ('user', 'assistant')}
@@ -279,8 +270,7 @@ def render_chat(messages, tokenizer):
         loss_mask += [0] + [int(role == 'assistant')] * len(turn)
     if not ids or system:
         raise ValueError('a conversation needs a message of a user')
-    prompt = role == 'user'
-    return ids + [begin['assistant']] * prompt, loss_mask + [0] * prompt
+    return (ids + [begin['assistant']], loss_mask + [0]) if role == 'user' else (ids, loss_mask)
 
 def get_tokenizer(name, text=None, vocab_size=0):
     """'byte'; 'bpe', trained on the text (vocab_size 0: 4096); 'gpt2'; or a tokenizer.json or its folder."""

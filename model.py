@@ -47,9 +47,11 @@ class GPTConfig:
                               ('attn', ('auto', 'sdpa', 'manual'))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f'{name} must be one of {", ".join(allowed)}; got {getattr(self, name)!r}')
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name} must be at least 1; got {getattr(self, name)}')
+        for least, names in ((1, ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'moe_every')),
+                             (0, ('n_kv_head', 'head_dim', 'n_hidden', 'window', 'n_sink', 'n_expert'))):
+            for name in names:
+                if getattr(self, name) < least:
+                    raise ValueError(f'{name} must be at least {least}; got {getattr(self, name)}')
         if not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head} (or set head_dim)')
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -62,14 +64,15 @@ class GPTConfig:
             raise ValueError(f"pos 'rope' turns pairs: head_dim {self.head_dim} must be even")
         if self.pos == 'sinusoidal' and self.n_embd % 2:
             raise ValueError(f"pos 'sinusoidal' makes pairs: n_embd {self.n_embd} must be even")
-        if min(self.window, self.n_sink, self.n_expert) < 0 or self.window + self.n_sink > self.block_size:
-            raise ValueError(f'window {self.window} + n_sink {self.n_sink} must fit in block_size {self.block_size}')
+        if max(1, self.window) + self.n_sink > self.block_size:
+            raise ValueError(f'window {self.window} + n_sink {self.n_sink} must fit in block_size {self.block_size}, '
+                             'and a token must see itself')
         if not self.causal and (self.window or self.n_sink):
             raise ValueError(f'causal False sees everything: window {self.window} and n_sink {self.n_sink} must be 0')
         if self.n_expert and not 1 <= self.n_expert_active <= self.n_expert:
             raise ValueError(f'n_expert_active {self.n_expert_active} must be from 1 to n_expert {self.n_expert}')
-        if self.moe_every < 1:
-            raise ValueError(f'moe_every must be at least 1; got {self.moe_every}')
+        if self.n_expert and self.moe_every > self.n_layer:
+            raise ValueError(f'moe_every {self.moe_every} must be from 1 to n_layer {self.n_layer}')
 
 NORM = {'layernorm': lambda size, c: nn.LayerNorm(size, c.norm_eps, bias=c.bias),
         'rmsnorm': lambda size, c: nn.RMSNorm(size, c.norm_eps)}  # arXiv 1910.07467
@@ -174,7 +177,7 @@ def local_attention(q, k, v, window, n_sink, dropout=0.0):
     into blocks as long as the window, and a block looks at itself, the block before it and the sinks.
     Equal to attention() under the mask of the window. q (B, nh, T, hs), k and v (B, nkv, T, hs)."""
     B, nh, T, hs = q.shape
-    W, n = window, -(-T // window)                                    # n blocks, the last one padded
+    W, n, n_sink = window, -(-T // window), min(n_sink, T)            # n blocks, the last one padded
     group = nh // k.size(1)
     pos = F.pad(torch.arange(T, device=q.device), (0, n * W - T), value=-1).view(n, W)
     before = lambda x, fill: torch.cat((torch.full_like(x[:1], fill), x[:-1]))
@@ -305,7 +308,8 @@ class Block(nn.Module):
 # The model
 
 class GPT(nn.Module):
-    """A decoder (or, with causal=False, an encoder) over token ids; an id of -1 is padding."""
+    """A decoder (or, with causal=False, an encoder) over token ids; an id of -1 is padding. GPT.from_pretrained and
+    save_pretrained read and write Hugging Face folders: load_pretrained and save_pretrained below."""
 
     def __init__(self, config):
         super().__init__()
@@ -341,7 +345,35 @@ class GPT(nn.Module):
         c = self.config
         lookup = 0 if c.tie_weights else self.wte.weight.numel()
         lookup += self.wpe.weight.numel() if c.pos == 'learned' else 0
-        return 6 * (self.n_params(active=True) - lookup) + 12 * c.n_layer * c.n_head * c.head_dim * min(T, self.window)
+        seen = min(T, self.window + c.n_sink)
+        return 6 * (self.n_params(active=True) - lookup) + 12 * c.n_layer * c.n_head * c.head_dim * seen
+
+    @torch.compiler.disable  # or the compiler works out angles and mask anew for every head, in every layer
+    def share(self, idx, cache, pos):
+        """The positions (B or 1, T) of a forward pass, and what follows from them for all its layers."""
+        c, (B, T) = self.config, idx.shape
+        plain = cache is None and pos is None
+        if pos is None:
+            pos = torch.arange(T, device=idx.device)[None]            # (1, T)
+            pos = pos if cache is None else cache.length[:, None] + pos
+        end = T if cache is None else cache.seen + T                  # no query stands at `end` or past it
+        if c.pos == 'learned' and end > c.block_size:
+            raise ValueError(f"{end} tokens do not fit in block_size {c.block_size}, which pos 'learned' cannot pass")
+        if cache is not None and (not c.causal or end > cache.window < self.window):
+            raise ValueError(f'{end} tokens do not fit in a cache for {cache.window}' if c.causal else
+                             'causal False sees all tokens at once: it cannot go on from a cache')
+        k_pos = pos if cache is None else cache.extend(pos)
+        fused = c.attn == 'sdpa' or c.attn == 'auto' and (idx.device.type != 'cpu' or not torch.is_grad_enabled())
+        slides = c.pos == 'rope' and c.n_sink and end > c.block_size
+        local = plain and c.causal and c.window and T > 2 * c.window and c.attn != 'manual'
+        mask = None
+        if not local and not (fused and plain and (T <= self.window + c.n_sink or not c.causal)):
+            mask = visible(pos, k_pos, self.window, c.n_sink, c.causal)
+            mask = mask[0] if plain else mask                         # (T, T) or (B, T, S)
+        rope = rope_table(pos, c.head_dim, c.rope_base) if c.pos == 'rope' else None
+        sink_rope = rope_table(pos.clamp(max=c.block_size - 1), c.head_dim, c.rope_base) if slides else None
+        is_sink = (k_pos < c.n_sink)[:, None, :, None] if slides else None
+        return pos, Shared(rope, sink_rope, is_sink, mask, local, fused)
 
     def hidden(self, idx, cache=None, pos=None):
         """The trunk: idx (B, T) -> hidden states (B, T, C) after the final norm, which heads read.
@@ -350,29 +382,9 @@ class GPT(nn.Module):
         tokens stand at 0..T-1, or go on from the cache. Up to block_size positions are absolute; past it
         a query sees at most the window and the sinks, and these slide along (arXiv 2309.17453), so that
         no distance is met that was not trained on. ValueError past block_size with learned positions."""
-        c, (B, T) = self.config, idx.shape
-        plain = cache is None and pos is None
-        if pos is None:
-            pos = torch.arange(T, device=idx.device)[None]            # (1, T)
-            pos = pos if cache is None else cache.length[:, None] + pos
-        else:
-            idx = idx.clamp(min=0)
-        end = T if cache is None else cache.seen + T                  # no query stands at `end` or past it
-        if c.pos == 'learned' and end > c.block_size:
-            raise ValueError(f"{end} tokens do not fit in block_size {c.block_size}, which pos 'learned' cannot pass")
-        k_pos = pos if cache is None else cache.extend(pos)
-        fused = c.attn == 'sdpa' or c.attn == 'auto' and (idx.device.type != 'cpu' or not torch.is_grad_enabled())
-        slides = c.pos == 'rope' and c.n_sink and end > c.block_size
-        local = plain and c.causal and c.window and T > 2 * c.window and not slides and c.attn != 'manual'
-        mask = None
-        if not local and not (fused and plain and (T <= self.window or not c.causal)):
-            mask = visible(pos, k_pos, self.window, c.n_sink, c.causal)
-            mask = mask[0] if plain else mask                         # (T, T) or (B, T, S)
-        rope = rope_table(pos, c.head_dim, c.rope_base) if c.pos == 'rope' else None
-        sink_rope = rope_table(pos.clamp(max=c.block_size - 1), c.head_dim, c.rope_base) if slides else None
-        is_sink = (k_pos < c.n_sink)[:, None, :, None] if slides else None
-        shared = Shared(rope, sink_rope, is_sink, mask, local, fused)
-
+        c = self.config
+        idx = idx if pos is None else idx.clamp(min=0)
+        pos, shared = self.share(idx, cache, pos)
         x = self.wte(idx)
         if c.pos == 'learned':
             x = x + self.wpe(pos.clamp(min=0))
@@ -413,8 +425,28 @@ class GPT(nn.Module):
         if muon:
             made.append(Muon([params[n] for n in muon], lr=muon_lr, momentum=muon_momentum, weight_decay=weight_decay))
         for group in (g for o in made for g in o.param_groups):
-            group['lr_scale'] = group['lr'] / learning_rate
+            group['lr_scale'] = group['lr'] / learning_rate if learning_rate else 1.0
         return made
+
+    def resize_vocab(self, n):
+        """Make room for n tokens, if there is less: new rows of embedding and head are the mean of the old ones."""
+        for layer in (self.wte, self.lm_head):
+            old = layer.weight.data
+            new = old.mean(0, keepdim=True).expand(max(0, n - len(old)), -1)
+            layer.weight = nn.Parameter(torch.cat((old, new)))
+        self.lm_head.weight = self.wte.weight if self.config.tie_weights else self.lm_head.weight
+        self.config.vocab_size = self.wte.num_embeddings = self.lm_head.out_features = len(self.wte.weight)
+
+    @staticmethod
+    def from_pretrained(name_or_dir, dtype=None, **flags):
+        """The model in a Hugging Face folder or of a name on its hub: see data/pretrained.py."""
+        from data.pretrained import load_pretrained
+        return load_pretrained(name_or_dir, dtype, **flags)
+
+    def save_pretrained(self, folder, tokenizer=None):
+        """Write a folder that AutoModelForCausalLM.from_pretrained (and AutoTokenizer's) opens."""
+        from data.pretrained import save_pretrained
+        save_pretrained(self, folder, tokenizer)
 
     # ----- generation
 
@@ -431,8 +463,12 @@ class GPT(nn.Module):
         c, (B, T) = self.config, idx.shape
         training, stop = self.training, torch.tensor(list(stop), dtype=torch.long, device=idx.device)
         ended = torch.zeros(B, dtype=torch.bool, device=idx.device)
-        if T == 0 or (idx < 0).all(1).any():
-            raise ValueError('generation needs at least one token in every row')
+        if not c.causal:
+            raise ValueError('causal False sees all tokens at once: it cannot generate')
+        if T == 0 or (idx[:, -1] < 0).any():
+            raise ValueError('generation needs a token at the end of every row; padding (-1) stands on the left')
+        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+            raise ValueError(f'temperature {temperature} and top_k {top_k} must be at least 0, top_p {top_p} in (0, 1]')
         if c.pos == 'learned':
             idx = idx[:, -c.block_size:]
         ragged = bool((idx < 0).any())
@@ -486,25 +522,6 @@ def sampling_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
         ordered[ordered.cumsum(-1) - ordered >= top_p * ordered.sum(-1, keepdim=True)] = 0.0  # the token that
         probs = torch.zeros_like(probs).scatter(-1, order, ordered)                         # crosses p is kept
     return probs / probs.sum(-1, keepdim=True)
-
-def load_model(source, config, tok=None):
-    """(GPT, Tokenizer) of 'scratch', by the settings and for the tokenizer given, or of a checkpoint (a dict), a
-    run's folder, a Hugging Face folder or hub name, whose architecture then stands, but for dropout and attn.
-    ValueError where that one's tokenizer is not the one given."""
-    from bpe import Tokenizer
-    from configurator import load_checkpoint
-    if source == 'scratch':
-        flags = {k: config[k] for k in GPTConfig.__dataclass_fields__ if k in config and k != 'vocab_size'}
-        torch.manual_seed(config['seed'])
-        return GPT(GPTConfig(vocab_size=tok.vocab_size, **flags)), tok
-    checkpoint = source if isinstance(source, dict) else load_checkpoint(source)
-    own = Tokenizer.from_dict(checkpoint['tokenizer'])
-    if tok is not None and tok.fingerprint != own.fingerprint:
-        raise ValueError(f'the data has another tokenizer ({tok.vocab_size} tokens) than the model ({own.vocab_size}); '
-                         'save the model\'s as a tokenizer.json and prepare the data with --tokenizer=FILE')
-    model = GPT(GPTConfig(**{**checkpoint['model_args'], **{k: config[k] for k in ('dropout', 'attn') if k in config}}))
-    model.load_state_dict(checkpoint['model'])
-    return model, own
 
 class ScalarHead(nn.Module):
     """One number a hidden state: the reward of a sequence or the value of each token. Starts as

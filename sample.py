@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from bpe import printable, render_chat
 from configurator import configure, rng, start_run
 from data.dataset import read_jsonl
-from model import load_model
+from data.pretrained import load_model
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'      # 'resume' = the run in out_dir | a run's folder | a Hugging Face folder or name
@@ -37,10 +37,12 @@ compile = False           # torch.compile
 # -----------------------------------------------------------------------------
 
 def fit(ids, model, room):
-    """Prompt ids that leave `room` tokens in the context: cut on the left where they do not, and that is said."""
-    most = max(1, model.config.block_size - room)
-    if len(ids) > most:
-        print(f'[a prompt of {len(ids)} tokens is cut on the left to {most}; block_size is {model.config.block_size}]')
+    """Prompt ids that leave `room` tokens, or half of the context, to what follows: cut on the left where they do
+    not, which is said once."""
+    size = model.config.block_size
+    most = max(size - room, (size + 1) // 2)
+    if len(ids) > most and not hasattr(fit, 'said'):
+        fit.said = print(f'[a prompt of {len(ids)} tokens is cut on the left to {most}; block_size is {size}]')
     return ids[-most:]
 
 def spoken(tokens, tok, stop=()):
@@ -55,17 +57,17 @@ def spoken(tokens, tok, stop=()):
 
 def answer_prompts(model, tok, conversations, generate):
     """The model's answers (strings) to lists of messages, batch_size prompts at a time, of any lengths."""
-    end, texts = tok.special['<|end|>'], []
+    end, texts = tok.special.get('<|end|>'), []
     rows = [torch.tensor(fit(render_chat(c, tok)[0], model, max_new_tokens)) for c in conversations]
     for i in range(0, len(rows), batch_size):
-        idx = pad_sequence(rows[i:i + batch_size], batch_first=True, padding_value=-1, padding_side='left').to(run.device)
-        for row in generate(idx, stop=[end])[:, idx.size(1):].tolist():
+        idx = pad_sequence(rows[i:i + batch_size], batch_first=True, padding_value=-1, padding_side='left')
+        for row in generate(idx.to(run.device), stop=[end])[:, idx.size(1):].tolist():
             texts.append(tok.decode([t for t in row if t not in (-1, end)]))
     return texts
 
 def converse(model, tok, stream):
     """A conversation in the terminal, until the end of input."""
-    history, end = [], tok.special['<|end|>']
+    history, end = [], tok.special.get('<|end|>')
     print('Say something; /reset starts anew, Ctrl-C stops an answer, Ctrl-D leaves.')
     while True:
         try:
@@ -109,13 +111,13 @@ if __name__ == "__main__":
             print(f'{len(texts)} answers written to {answers}')
         else:
             if start.startswith('FILE:'):
-                with open(start[5:], encoding='utf-8') as f:
+                with open(start[5:], encoding='utf-8', newline='') as f:
                     start = f.read()
-            ids = tok.encode(start) or [tok.special['<|endoftext|>']]
+            stop = [tok.special[s] for s in ('<|endoftext|>',) if s in tok.special]
+            ids = tok.encode(start) or stop
             if model.config.pos == 'learned':
                 ids = fit(ids, model, 0)
             idx = torch.tensor([ids] * (1 if stream else num_samples), device=run.device)
-            stop = [tok.special[s] for s in ('<|endoftext|>',) if s in tok.special]
             for _ in range(num_samples if stream else 0):
                 print(printable(start), end='', flush=True)
                 for text in spoken((t.item() for t in model.stream(idx, stop=stop, **how)), tok, stop):

@@ -10,7 +10,7 @@ Train a language model on a dataset of tokens, from scratch or from any checkpoi
 The dataset is prepared first if it is not there yet. Every random choice is a function of (seed, step):
 a run that was resumed, on as many ranks as you like, sees the batches of one that never stopped.
 """
-import math, sys, time
+import math, os, sys, time
 from dataclasses import asdict
 import numpy as np
 import torch
@@ -20,16 +20,17 @@ from bpe import printable
 from configurator import (Logger, StopSignal, configure, learning_rate_at, load_checkpoint, peak_memory_mb,
                           resume_settings, rng, save_checkpoint, seed_for, start_run)
 from data.dataset import load_dataset
-from model import GPTConfig, load_model
+from data.pretrained import load_model
+from model import GPTConfig
 
 # -----------------------------------------------------------------------------
 # where and when
 out_dir = 'out/base'               # folder of the run: checkpoints, log, curves
 init_from = 'scratch'              # 'scratch' | 'resume' | a run's folder | a Hugging Face folder or name
 seed = 1337                        # every random choice is a function of (seed, step)
-eval_interval = 250                # steps between evaluations, each with a sample and a checkpoint
-eval_iters = 0                     # validation batches, evenly spread; 0 = the whole validation set
-eval_only = False                  # evaluate once and stop
+eval_interval = 200                # steps between evaluations, each with a sample and a checkpoint
+eval_iters = 20                    # validation batches, evenly spread; 0 = the whole validation set
+eval_only = False                  # evaluate once, log it in out_dir/eval, and stop
 log_interval = 10                  # steps between lines of the log
 sample_tokens = 128                # tokens sampled at each evaluation
 always_save_checkpoint = True      # False = only when the validation loss improves
@@ -38,11 +39,11 @@ wandb_log = False                  # log to Weights & Biases
 wandb_project = 'nanollm'
 wandb_run_name = 'base'
 # data
-dataset = 'shakespeare'            # a folder of data/
+dataset = 'shakespeare'            # a folder of data/, or the full path of one elsewhere
 tokenizer = ''                     # 'byte' | 'bpe' | 'gpt2' | a tokenizer.json; '' = as the dataset was prepared
 vocab_size = 0                     # of a 'bpe' tokenizer; 0 = as the dataset was prepared
 gradient_accumulation_steps = 1    # micro-batches a step, over all ranks together
-batch_size = 32                    # sequences in a micro-batch
+batch_size = 16                    # sequences in a micro-batch
 block_size = 128                   # tokens of context
 # model: see GPTConfig in model.py
 n_layer = 4
@@ -68,9 +69,9 @@ tie_weights = True                 # the output head is the token embedding
 attn = 'auto'                      # 'auto' | 'sdpa' (PyTorch's fused attention) | 'manual' (by hand)
 # optimizer and schedule
 optimizer = 'muon'                 # 'muon' (matrices of the blocks; AdamW for the rest) | 'adamw'
-learning_rate = 3e-3               # of AdamW, at the top of the schedule
-muon_lr = 0.02                     # of Muon, on the same schedule
-max_iters = 1000
+learning_rate = 6e-3               # of AdamW, at the top of the schedule
+muon_lr = 0.03                     # of Muon, on the same schedule
+max_iters = 800
 weight_decay = 0.1
 beta1 = 0.9
 beta2 = 0.95
@@ -129,64 +130,80 @@ if __name__ == "__main__":
     config = configure(globals())
 
     # 1. data, model, machine
-    checkpoint = load_checkpoint(out_dir) if init_from == 'resume' else {}
+    restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and os.path.exists(f'{out_dir}/ckpt.pt')
+    checkpoint = load_checkpoint(out_dir) if init_from == 'resume' or restarted else {}
     if checkpoint:
-        globals().update(resume_settings(config, checkpoint['config'], GPTConfig.__dataclass_fields__))
+        fixed = {'optimizer', *GPTConfig.__dataclass_fields__} - {'dropout', 'attn'}
+        globals().update(resume_settings(config, checkpoint['config'], fixed))
+    for name in ('eval_interval', 'log_interval', 'batch_size', 'gradient_accumulation_steps'):
+        if config[name] < 1:
+            raise ValueError(f'{name} must be at least 1; got {config[name]}')
     train_data, val_data, meta, tok = load_dataset(dataset, block_size, tokenizer, vocab_size)
     model, tok = load_model(init_from if not checkpoint else checkpoint, config, tok)
+    if block_size > model.config.block_size:
+        raise ValueError(f'block_size {block_size} is more than the {model.config.block_size} of {init_from}')
     first, best_val_loss = checkpoint.get('step', 0), checkpoint.get('best_val_loss', math.inf)
     sequences = gradient_accumulation_steps * batch_size  # a step's, over all ranks
     run = start_run(config, flops=model.flops_per_token(block_size) * sequences * block_size * (max_iters - first))
     if sequences % run.world:
-        raise ValueError(f'gradient_accumulation_steps {gradient_accumulation_steps} * batch_size {batch_size} sequences '
-                         f'cannot be shared by {run.world} ranks; make their product a multiple of {run.world}')
+        raise ValueError(f'gradient_accumulation_steps {gradient_accumulation_steps} * batch_size {batch_size} '
+                         f'sequences cannot be shared by {run.world} ranks; make them a multiple of {run.world}')
     model.to(run.device)
     optimizers = model.optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), muon_lr)
-    for o, state in zip(optimizers, checkpoint.get('optimizer', [])):
-        now = [{k: v for k, v in group.items() if k != 'params'} for group in o.param_groups]
-        o.load_state_dict(state)
-        for group, settings in zip(o.param_groups, now):  # what was set for this run, not what was saved
-            group.update(settings)
+    for o, old in zip(optimizers, checkpoint.get('optimizer', [])):  # the moments, under this run's settings
+        o.load_state_dict({'state': old['state'], 'param_groups': o.state_dict()['param_groups']})
     trained = torch.compile(model) if run.compile else model
     if run.world > 1:
         trained = DDP(trained, device_ids=[run.device] if run.type == 'cuda' else None)
-    logger = Logger(out_dir, config, first, run.master)
+    logger = Logger(f'{out_dir}/eval' if eval_only else out_dir, config, first, run.master)
     stop = StopSignal()
     bytes_per_token = meta['val_bytes'] / meta['val_tokens']
     if run.master:
-        print(f"{model.n_params():,} parameters; {dataset}: {len(train_data):,} tokens to train on, {len(val_data):,} to "
-              f"validate on, {bytes_per_token:.2f} bytes a token; {sequences * block_size:,} tokens a step")
+        print(f'{model.n_params():,} parameters; {dataset}: {len(train_data):,} + {len(val_data):,} tokens of '
+              f'{bytes_per_token:.2f} bytes; {sequences * block_size:,} tokens a step')
 
     def snapshot(step):
         return {'stage': 'train', 'step': step, 'model': model.state_dict(), 'model_args': asdict(model.config),
                 'optimizer': [o.state_dict() for o in optimizers], 'config': config, 'tokenizer': tok.to_dict(),
                 'best_val_loss': best_val_loss}
 
+    def diverged(**numbers):
+        text = ', '.join(f'{k} {v:.4g}' for k, v in numbers.items())
+        return ValueError(f'step {step}: {text}: the run has diverged; lower learning_rate or raise warmup_iters. '
+                          f'What {out_dir} holds is good, of step {saved}')
+
     began = last_time = time.time()
-    train_seconds = 0.0
-    for step in range(first, max_iters + 1):
+    train_seconds, saved = 0.0, first
+    for step in range(first, max(first, max_iters) + 1):
         # 2. learning rate
         lr = learning_rate_at(step, config)
         for group in (g for o in optimizers for g in o.param_groups):
             group['lr'] = lr * group['lr_scale']
 
         # 3. save, evaluate, sample
-        done = step >= max_iters or stop.requested
+        stopping = stop.by_any_rank(run)
+        done = stopping or step >= max_iters
         if done or eval_only or step % eval_interval == 0:
-            if run.master and always_save_checkpoint and not eval_only and step > first:
-                save_checkpoint(out_dir, snapshot(step), final=done)
-            if stop.requested:
+            if not math.isfinite(val_loss := evaluate(model, val_data[:block_size + 1], config, run)):
+                raise diverged(val_loss=val_loss)  # a block is enough to see it, and nothing is saved
+            if (stopping or always_save_checkpoint and step > first) and not eval_only:
+                saved = step
+                if run.master:
+                    save_checkpoint(out_dir, snapshot(step), final=done)
+            if stopping:
                 break
             whole = step >= max_iters and not eval_only  # the last figure is of the whole validation set
             val_loss = evaluate(model, val_data, dict(config, eval_iters=0) if whole else config, run)
             val_bpb = val_loss / bytes_per_token / math.log(2)
             logger.log(step, {'val_loss': val_loss, 'val_bpb': val_bpb})
-            if val_loss < best_val_loss and run.master and not eval_only:
-                best_val_loss = val_loss
-                save_checkpoint(out_dir, snapshot(step), 'ckpt_best.pt')
+            if val_loss < best_val_loss and not eval_only:
+                best_val_loss, saved = val_loss, step
+                if run.master:
+                    name = 'ckpt_best.pt' if always_save_checkpoint else 'ckpt.pt'
+                    save_checkpoint(out_dir, snapshot(step), name, final=done)
             if run.master and sample_tokens:
-                prompt = torch.tensor([tok.encode('\n')], device=run.device)
-                ids = model.generate(prompt, sample_tokens, temperature=0.8, generator=rng(seed, step, device=run.device))
+                ids = model.generate(torch.tensor([tok.encode('\n')], device=run.device), sample_tokens,
+                                     temperature=0.8, generator=rng(seed, step, device=run.device))
                 print(printable(tok.decode(ids[0].tolist())), flush=True)
             last_time = time.time()
         if done or eval_only:
@@ -210,9 +227,8 @@ if __name__ == "__main__":
         for o in optimizers:
             run.scaler.unscale_(o)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        if not torch.isfinite(grad_norm) and not run.scaler.is_enabled():
-            raise ValueError(f'step {step}: loss {loss:.4g}, gradient norm {grad_norm:.4g}: the run has diverged; lower '
-                             f'learning_rate or raise warmup_iters, and go on from {out_dir} by --init_from=resume')
+        if not torch.isfinite(loss if run.scaler.is_enabled() else grad_norm):
+            raise diverged(loss=loss, grad_norm=grad_norm)
         for o in optimizers:
             run.scaler.step(o)
             o.zero_grad(set_to_none=True)
@@ -220,22 +236,24 @@ if __name__ == "__main__":
 
         # 6. log
         if step % log_interval == 0:
-            loss = loss.item()  # waits for the GPU, so it comes before the clock is read
+            if run.world > 1:
+                dist.all_reduce(loss)
+            loss = loss.item() / run.world  # waits for the GPU, so it comes before the clock is read
         now = time.time()
         train_seconds += now - last_time
         if step % log_interval == 0:
-            speed = sequences * block_size / (now - last_time)
             logger.log(step, {'loss': loss, 'lr': lr, 'grad_norm': grad_norm.item(), 'ms': 1000 * (now - last_time),
-                              'tokens_per_second': speed})
+                              'tokens_per_second': sequences * block_size / (now - last_time)})
         last_time = now
 
     # 7. the end
-    if stop.requested:
-        print(f'stopped at step {step}; go on with: python train.py --init_from=resume --out_dir={out_dir}')
-        sys.exit(stop.exit_code)
-    seconds = time.time() - began
-    logger.final({'val_loss': val_loss, 'val_bpb': val_bpb, 'val_nats_per_byte': val_bpb * math.log(2),
-                  'tokens_per_second': (step - first) * sequences * block_size / max(train_seconds, 1e-9),
-                  'seconds': seconds, 'peak_memory_mb': peak_memory_mb(run.type), 'steps': step, 'parameters': model.n_params()})
     if run.world > 1:
         dist.destroy_process_group()
+    if stopping:
+        if run.master:
+            print(f'stopped at step {step}; go on with: python train.py --init_from=resume --out_dir={out_dir}')
+        sys.exit(stop.exit_code)
+    logger.final({'val_loss': val_loss, 'val_bpb': val_bpb, 'val_nats_per_byte': val_bpb * math.log(2),
+                  'tokens_per_second': (step - first) * sequences * block_size / max(train_seconds, 1e-9),
+                  'seconds': time.time() - began, 'peak_memory_mb': peak_memory_mb(run.type), 'steps': step,
+                  'parameters': model.n_params()})

@@ -2,7 +2,7 @@
 Datasets on disk, written and read in one place. Tokens: train.bin and val.bin, beside the tokenizer.json that made
 them and a meta.json that says what they hold. Examples for post-training: JSON Lines, a checked object a line.
 """
-import codecs, hashlib, json, math, os, subprocess, sys
+import codecs, fcntl, hashlib, json, math, os, subprocess, sys
 from contextlib import ExitStack
 from urllib.request import urlopen
 import numpy as np
@@ -59,17 +59,35 @@ def load_dataset(dataset, block_size, tokenizer='', vocab_size=0):
     folder = os.path.join(HERE, dataset)
     script, meta_file = os.path.join(folder, 'prepare.py'), os.path.join(folder, 'meta.json')
     wanted = {key: value for key, value in (('name', tokenizer), ('vocab_size', vocab_size)) if value}
-    read_meta = lambda: json.load(open(meta_file, encoding='utf-8')) if os.path.exists(meta_file) else {}
-    meta = read_meta()
-    if not meta or not wanted.items() <= meta['tokenizer'].items():
-        if not os.path.exists(script):
-            there = sorted(name for name in os.listdir(HERE) if os.path.exists(os.path.join(HERE, name, 'prepare.py')))
-            raise ValueError(f'{folder}: no such dataset; there are {", ".join(there)}, and data/text takes any files')
-        print(f'preparing data/{dataset}', *(f'{key} {value}' for key, value in wanted.items()), flush=True)
-        asked = [f'--tokenizer={tokenizer}'] * bool(tokenizer) + [f'--vocab_size={vocab_size}'] * bool(vocab_size)
-        if subprocess.run([sys.executable, script, *asked]).returncode:
-            raise ValueError(f'data/{dataset} could not be prepared, for the reason above')
-        meta = read_meta()
+
+    def read_meta():
+        """(meta.json, whether it is there and of the tokenizer wanted)."""
+        if not os.path.exists(meta_file):
+            return {}, False
+        with open(meta_file, encoding='utf-8') as file:
+            try:
+                meta = json.load(file)
+                return meta, wanted.items() <= meta['tokenizer'].items()
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ValueError(f'{meta_file} is damaged ({error!r}); prepare the dataset again') from error
+
+    meta, ready = read_meta()
+    if not ready and os.path.exists(script):
+        with open(script, 'rb') as lock:  # one process prepares; other ranks and runs wait for it
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            meta, ready = read_meta()
+            if not ready:
+                print(f'preparing data/{dataset}', *(f'{key} {value}' for key, value in wanted.items()), flush=True)
+                asked = [f'--{"tokenizer" if key == "name" else key}={value}' for key, value in wanted.items()]
+                if subprocess.run([sys.executable, script, *asked]).returncode:
+                    raise ValueError(f'data/{dataset} could not be prepared, for the reason above')
+                meta, ready = read_meta()
+    if not meta:
+        there = sorted(name for name in os.listdir(HERE) if os.path.exists(os.path.join(HERE, name, 'prepare.py')))
+        raise ValueError(f'{folder}: no such dataset; there are {", ".join(there)}, and data/text takes any files')
+    if not ready:
+        has = {key: meta['tokenizer'].get(key) for key in wanted}
+        raise ValueError(f'{meta_file}: the tokenizer has {has}, and {wanted} was asked for')
     tokens = []
     for split in ('train', 'val'):
         path = os.path.join(folder, f'{split}.bin')

