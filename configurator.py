@@ -5,10 +5,9 @@ results, and draws their curves in one picture (those that differ in the seed al
 
     python configurator.py out/a out/b --out=compare.png
 """
-import ast, contextlib, difflib, dis, glob, json, math, os, re, shutil, signal, sys, traceback, types, zipfile
+import ast, contextlib, difflib, dis, functools, glob, json, math, os, re, shutil, signal, sys, traceback, types, zipfile
 import numpy as np
 import torch
-from torch.utils._triton import has_triton
 
 # ----- Settings: names assigned a literal between the first two rules of a script
 
@@ -107,20 +106,19 @@ def one_line_errors(kind, error, trace):
 def start_run(config, flops=math.inf):
     """Choose what is fastest and right on this machine where the settings say 'auto', join the ranks that torchrun
     started, and say what was chosen. `flops` is what the whole run will compute, by which compile='auto' tells
-    whether it wins back a cold compile (15-60 s). Returns a namespace: device, type ('cuda' | 'cpu' | 'mps'), dtype
-    (torch's), autocast (a context manager), scaler (for float16), compile (bool), rank, world (the number of ranks),
-    master (rank 0, which prints and saves)."""
+    whether it wins back a cold compile (15-60 s). Returns a namespace: device, type ('cuda' | 'cpu' | 'mps'), dtype,
+    autocast (a context manager), scaler (of float16), compile, rank, world (their number), master (rank 0, which saves)."""
     env = {'RANK': 0, 'LOCAL_RANK': 0, 'WORLD_SIZE': 1} | os.environ
-    rank, local_rank, world = int(env['RANK']), int(env['LOCAL_RANK']), int(env['WORLD_SIZE'])
+    rank, local_rank, world = (int(env[key]) for key in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'))
     there = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
     device = config['device'] if config['device'] != 'auto' else next(kind for kind in there if there[kind])
-    kind, notes = str(device).split(':')[0], []
+    kind, say = str(device).split(':')[0], functools.partial(print, flush=True) if rank == 0 else lambda *_: None
     for key, value, allowed in (('device', kind, there), ('compile', config['compile'], (True, False)),
                                 ('dtype', config['dtype'], ('float32', 'bfloat16', 'float16'))):
         if value != 'auto' and value not in allowed:
             raise ValueError(f"{key} must be 'auto' or one of {', '.join(map(str, allowed))}; got {config[key]!r}")
     if not there[kind]:
-        notes.append(f'no {kind.upper()} here: running on the CPU')
+        say(f'no {kind.upper()} here: running on the CPU')
         device = kind = 'cpu'
     if kind == 'cuda':
         device = f'cuda:{local_rank}' if world > 1 else device
@@ -132,24 +130,19 @@ def start_run(config, flops=math.inf):
     fast = (kind == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)) or (
         kind == 'cpu' and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()))
     name = config['dtype'] if config['dtype'] != 'auto' else 'bfloat16' if fast else 'float32'
-    dtype = getattr(torch, name)
-    enough = {'cuda': 1e15, 'cpu': 4e12, 'mps': math.inf}[kind]
+    dtype, enough = getattr(torch, name), {'cuda': 1e15, 'cpu': 4e13, 'mps': math.inf}[kind]
     compiles = flops > enough if config['compile'] == 'auto' else config['compile']
-    cxx = os.environ.get('CXX', 'clang++' if sys.platform == 'darwin' else 'g++')
-    if compiles and not (has_triton() if kind == 'cuda' else shutil.which(cxx)):
-        notes.append(f"no {'Triton for this GPU' if kind == 'cuda' else 'C++ compiler'} here: running in eager mode")
+    if compiles and not (torch.utils._triton.has_triton() if kind == 'cuda' else shutil.which(os.environ.get('CXX', 'g++'))):
+        say(f"no {'Triton for this GPU' if kind == 'cuda' else 'C++ compiler'} here: running in eager mode")
         compiles = False
-    if rank == 0:
-        notes.append(f"device {device}, {name}, {'compiled' if compiles else 'eager'}, {world} rank{'s' * (world > 1)}")
-        print(*notes, sep='\n', flush=True)
+    say(f"device {device}, {name}, {'compiled' if compiles else 'eager'}, {world} rank{'s' * (world > 1)}")
     return types.SimpleNamespace(
         device=device, type=kind, dtype=dtype, compile=compiles, rank=rank, world=world, master=rank == 0,
         autocast=contextlib.nullcontext() if name == 'float32' else torch.autocast(kind, dtype),
         scaler=torch.amp.GradScaler(kind, enabled=name == 'float16'))
 
 def seed_for(seed, *where):
-    """A seed that is a pure function of (seed, step, rank, ...): a run resumed at a step draws what it would have
-    drawn, with no random state in its checkpoint."""
+    """A seed, a pure function of (seed, step, ...), so that a resumed run draws what it would have drawn."""
     return int(np.random.SeedSequence([seed, *where]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 def rng(seed, *where, device='cpu'):
@@ -259,7 +252,7 @@ def load_checkpoint(path, name='ckpt.pt'):
     except Exception as e:
         raise ValueError(f"{path}: damaged or foreign checkpoint ({' '.join(str(e).split())[:100]})") from e
 
-# ----- The log and its pictures
+# ----- The log
 
 class Logger:
     """A run's records, kept by rank 0: one aligned line a step on the screen, log.jsonl, and by their switches
@@ -313,6 +306,7 @@ class Logger:
         if self.wandb:
             self.wandb.summary.update(figures)
             self.wandb.finish()
+        from assets.draw import draw
         draw([self.out_dir], os.path.join(self.out_dir, 'curves.png'))
         print('final:', ', '.join(f'{k} {v:,.4f}' if isinstance(v, float) else f'{k} {v}' for k, v in figures.items()))
 
@@ -325,46 +319,6 @@ def read_log(out_dir):
                 records.append(json.loads(line))
     return records
 
-def draw(folders, path, labels=None):
-    """Draw every logged metric of the runs against the step, a panel each. Runs of one label are one curve, their
-    mean, in a band from the lowest to the highest. Without matplotlib it is said that nothing was drawn."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print(f'{path} not drawn: it needs pip install matplotlib')
-    series = {}  # metric -> label -> step -> values of the runs of that label
-    for folder, label in zip(folders, labels or folders):
-        for record in read_log(folder):
-            for key in (k for k, v in record.items() if k not in ('step', 'final') and v is not None):
-                series.setdefault(key, {}).setdefault(label, {}).setdefault(record['step'], []).append(record[key])
-    rows = -(-len(series) // 3)
-    figure = Figure(figsize=(15, 3.5 * max(1, rows)), layout='constrained')
-    for i, key in enumerate(sorted(series, key=lambda k: ('loss' not in k, k)), 1):
-        axis = figure.add_subplot(rows, 3, i, title=key, xlabel='step')
-        for label, points in series[key].items():
-            steps, values = zip(*sorted(points.items()))
-            line, = axis.plot(steps, [np.mean(v) for v in values], label=label)
-            axis.fill_between(steps, [*map(min, values)], [*map(max, values)], alpha=0.2, color=line.get_color())
-        axis.grid(alpha=0.3)
-        if i == 1 and len(folders) > 1:
-            axis.legend(fontsize='small')
-    figure.savefig(path, dpi=80)
-
-def compare(folders, picture):
-    """Print the settings in which finished runs differ beside their results, and draw their curves."""
-    configs = [load_checkpoint(folder)['config'] for folder in folders]
-    finals = [next((r['final'] for r in read_log(folder) if 'final' in r), {}) for folder in folders]
-    differ = [k for k in dict.fromkeys(k for c in configs for k in c) if k not in ('out_dir', 'wandb_run_name')
-              and any(c.get(k) != configs[0].get(k) for c in configs)]
-    rows = [['', *folders], *([k, *(str(c.get(k)) for c in configs)] for k in differ), ['---'] * (1 + len(folders))]
-    for k in dict.fromkeys(k for f in finals for k in f):
-        rows.append([k, *('-' if f.get(k) is None else f'{f[k]:.4g}' for f in finals)])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print(*(cell.ljust(width) for cell, width in zip(row, widths)), sep='  ')
-    labels = [', '.join(f'{k} {c.get(k)}' for k in differ if k != 'seed') for c in configs]
-    draw(folders, picture, [label or folder for label, folder in zip(labels, folders)])
-
 if __name__ == "__main__":
     # -----------------------------------------------------------------------------
     out = 'compare.png'  # the picture to write
@@ -372,6 +326,5 @@ if __name__ == "__main__":
     folders = [a.rstrip('/') for a in sys.argv[1:] if not a.startswith('-')]
     sys.argv[1:] = [a for a in sys.argv[1:] if a.startswith('-')]
     configure(globals())
-    if not folders:
-        raise ValueError('name the folders of the runs to compare: python configurator.py out/a out/b')
+    from assets.draw import compare
     compare(folders, out)

@@ -308,8 +308,7 @@ class Block(nn.Module):
 # The model
 
 class GPT(nn.Module):
-    """A decoder (or, with causal=False, an encoder) over token ids; an id of -1 is padding. GPT.from_pretrained and
-    save_pretrained read and write Hugging Face folders: load_pretrained and save_pretrained below."""
+    """A decoder (or, with causal=False, an encoder) over token ids; an id of -1 is padding."""
 
     def __init__(self, config):
         super().__init__()

@@ -8,10 +8,10 @@ sys.path.insert(0, ROOT)
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # threads that wait for each other make tiny models slow on a busy machine
 
 
-def start(*command, env={}, **pipes):
+def start(*command, env={}, **how):
     """`python` and a command line, in the project's folder, begun as a process of its own."""
-    pipes = {'stdin': subprocess.DEVNULL, 'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, **pipes}
-    process = subprocess.Popen([sys.executable, *map(str, command)], text=True, cwd=ROOT, env={**os.environ, **env}, **pipes)
+    how = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) | how
+    process = subprocess.Popen([sys.executable, *map(str, command)], env={**os.environ, **env}, **how)
     atexit.register(process.kill)  # where a test fails before its end
     return process
 

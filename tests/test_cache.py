@@ -41,7 +41,7 @@ def random_case(rng):
     return flags, lengths, sizes
 
 
-@pytest.mark.parametrize('seed', range(10))
+@pytest.mark.parametrize('seed', range(8))
 def test_cached_logits_equal_uncached_ones(seed):
     """50 random cases: rows of different lengths, padded on the left, each equal that row alone without a cache."""
     rng = random.Random(seed)
@@ -50,14 +50,16 @@ def test_cached_logits_equal_uncached_ones(seed):
         model = small_gpt(case, block_size=BLOCK, **flags)
         T, idx = max(lengths), some_ids(len(lengths), max(lengths), seed=case)
         pos = torch.stack([torch.arange(T) - (T - n) for n in lengths]).clamp(min=-1)
-        cached = feed(model, model.new_cache(len(lengths)), idx.masked_fill(pos < 0, -1), sizes, pos if len(lengths) == 3 else None)
+        padded, cache = idx.masked_fill(pos < 0, -1), model.new_cache(len(lengths))
+        cached = feed(model, cache, padded, sizes, pos if len(lengths) == 3 else None)
         for row, n in enumerate(lengths):
             uncached = alone(model, idx[row:row + 1, T - n:])[0]
             assert close(cached[row, T - n:], uncached, 1e-4), (flags, lengths, sizes)
 
 
 @pytest.mark.parametrize('pos', ['rope', 'sinusoidal'])
-@pytest.mark.parametrize('window, n_sink, n_kv_head', [(0, 0, 4), (0, 1, 2), (0, 3, 4), (3, 0, 1), (3, 2, 2), (1, 4, 4), (4, 4, 2)])
+@pytest.mark.parametrize('window, n_sink, n_kv_head', [
+    (0, 0, 4), (0, 1, 2), (0, 3, 4), (3, 0, 1), (3, 2, 2), (1, 4, 4), (4, 4, 2)])
 def test_streaming_past_block_size_equals_plain_loops_over_the_rule(window, n_sink, n_kv_head, pos):
     """Ten blocks. A query at p sees a key at k <= p if p - k < window (by default block_size - n_sink) or k < n_sink.
     RoPE takes the distance p - k, but sinks are seen from min(p, block_size - 1)."""
@@ -94,7 +96,8 @@ def test_memory_stays_flat_to_the_byte(window, n_sink):
                      + [sum(x.untyped_storage().nbytes() for x in tensors(cache))])
     assert all(size == sizes[0] for size in sizes)
     slots = (window or BLOCK - n_sink) + n_sink + 1  # and one for what need not be kept
-    assert cache.k.nbytes + cache.v.nbytes == 2 * 4 * 2 * 3 * 2 * slots * 4  # k and v, float32, layers, rows, heads, slots, size
+    float32, layers, rows, heads, size = 4, 2, 3, 2, 4
+    assert cache.k.nbytes == cache.v.nbytes == float32 * layers * rows * heads * slots * size
     feed(model, cache, some_ids(3, 50), [50])  # a long chunk
     assert sizes[0][:2] == [(x.data_ptr(), x.untyped_storage().nbytes()) for x in (cache.k, cache.v)]
 

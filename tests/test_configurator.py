@@ -11,7 +11,8 @@ import torch
 
 import configurator
 import train
-from configurator import (Logger, StopSignal, compare, configure, draw, learning_rate_at, load_checkpoint,
+from assets.draw import compare, draw
+from configurator import (Logger, StopSignal, configure, learning_rate_at, load_checkpoint,
                           one_line_errors, peak_memory_mb, read_log, read_settings, resume_settings, rng,
                           save_checkpoint, seed_for, start_run)
 from conftest import ROOT, call, finish, ok, one_line, start

@@ -1,54 +1,31 @@
 """The prepare scripts, run as a user runs them, on files made here."""
-import contextlib, gzip, hashlib, importlib.util, io, json, os, runpy, subprocess, sys, types
+import gzip, hashlib, importlib.util, json, os, sys
 from pathlib import Path
 import numpy as np
 import pytest
 
-root = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(root))
+import conftest
 from bpe import Tokenizer
+from conftest import call, finish, one_line
+
+root = Path(__file__).resolve().parents[1]
 
 # What a machine without a network is like, for urllib and for pip.
 no_network = {'http_proxy': 'http://127.0.0.1:9', 'https_proxy': 'http://127.0.0.1:9', 'no_proxy': '',
               'PIP_NO_INDEX': '1', 'PIP_FIND_LINKS': ''}
 
 def start(name, *args, **env):
-    """`python data/<name>/prepare.py args`, begun as a process of its own."""
-    return subprocess.Popen([sys.executable, root / 'data' / name / 'prepare.py', *args], text=True, cwd=os.sep,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **env})
-
-def finish(process):
-    stdout, stderr = process.communicate()
-    return types.SimpleNamespace(returncode=process.returncode, stdout=stdout, stderr=stderr)
+    """`python data/<name>/prepare.py args` from any folder, begun as a process of its own."""
+    return conftest.start(root / 'data' / name / 'prepare.py', *args, env=env, cwd=os.sep)
 
 def run(name, *args):
-    """The same in this process, where torch is already there: 20 times as fast."""
-    before, stdout, stderr, code = (sys.argv, sys.excepthook), io.StringIO(), io.StringIO(), 0
-    sys.argv = [str(root / 'data' / name / 'prepare.py'), *args]
-    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-        try:
-            runpy.run_path(sys.argv[0], run_name='__main__')
-        except SystemExit as stop:
-            code = stop.code
-        except Exception:
-            code = 1
-            try:
-                sys.excepthook(*sys.exc_info())
-            except SystemExit as stop:
-                code = stop.code
-    sys.argv, sys.excepthook = before
-    return types.SimpleNamespace(returncode=code, stdout=stdout.getvalue(), stderr=stderr.getvalue())
+    """The same in this process."""
+    return call(f'data/{name}/prepare.py', *args)
 
 def ok(name, *args):
     result = run(name, *args)
     assert result.returncode == 0, result.stderr
     return result.stdout
-
-def one_line(result):
-    """The line that a user's mistake gets."""
-    assert result.returncode == 2 and 'Traceback' not in result.stderr, result.stderr
-    assert len(result.stderr.splitlines()) == 1, result.stderr
-    return result.stderr
 
 def fails(name, *args):
     return one_line(run(name, *args))

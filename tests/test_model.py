@@ -223,8 +223,8 @@ def test_attention_of_three_tokens_number_by_number():
 
 HEADS = {'one head': dict(n_head=1), 'many heads': dict(n_head=4), 'grouped queries': dict(n_head=4, n_kv_head=2),
          'one key head for all': dict(n_head=4, n_kv_head=1), 'heads of their own size': dict(n_head=3, head_dim=6),
-         'normed queries and keys': dict(qk_norm=True, n_kv_head=2), 'biases': dict(bias=True), 'qkv biases': dict(qkv_bias=True),
-         'window': dict(window=3), 'window and sinks': dict(window=3, n_sink=2, n_kv_head=2), 'encoder': dict(causal=False)}
+         'normed queries and keys': dict(qk_norm=True, n_kv_head=2), 'biases': dict(bias=True),
+         'qkv biases': dict(qkv_bias=True), 'window': dict(window=3), 'window and sinks': dict(window=3, n_sink=2, n_kv_head=2), 'encoder': dict(causal=False)}
 
 
 @pytest.mark.parametrize('pos', ['learned', 'rope'])
@@ -300,8 +300,8 @@ def test_dropout_acts_in_training_only(attn):
     assert largest_gap(model.train()(idx)[0], same) > 0.1 and largest_gap(model(idx)[0], model(idx)[0]) > 0.1
 
 
-WHOLE = {'plain': {}, 'gpt2': GPT2, 'grouped': dict(n_kv_head=1), 'qk_norm': dict(qk_norm=True), 'encoder': dict(causal=False),
-         'window': dict(window=5), 'window and sinks': dict(window=4, n_sink=2, n_kv_head=2, bias=True),
+WHOLE = {'plain': {}, 'gpt2': GPT2, 'grouped': dict(n_kv_head=1), 'qk_norm': dict(qk_norm=True),
+         'encoder': dict(causal=False), 'window': dict(window=5), 'window and sinks': dict(window=4, n_sink=2, n_kv_head=2, bias=True),
          'sinks': dict(n_sink=3, pos='sinusoidal'), 'experts': dict(n_expert=4), 'short window': dict(window=1, n_sink=12)}
 
 
@@ -497,7 +497,8 @@ def test_new_tokens_leave_the_old_logits_and_start_at_their_mean(tie_weights):
     before = model(idx)[0]
     model.resize_vocab(14)
     after = model(idx)[0]
-    assert close(after[..., :11], before, 1e-5) and close(after[..., 11:], before.mean(-1, keepdim=True).expand(2, 9, 3), 1e-5)
+    assert close(after[..., :11], before, 1e-5)
+    assert close(after[..., 11:], before.mean(-1, keepdim=True).expand(2, 9, 3), 1e-5)
     assert model.config.vocab_size == 14 and (model.lm_head.weight is model.wte.weight) == tie_weights
     model.resize_vocab(5)  # no fewer
     assert model(idx)[0].shape == (2, 9, 14)
@@ -533,6 +534,13 @@ def test_operations_equal_those_pytorch_counts(flags):
     with FlopCounterMode(display=False) as counter:
         model(some_ids(2, 32), some_ids(2, 32))[1].backward()
     assert abs(model.flops_per_token(32) / (counter.get_total_flops() / 64) - 1) < 0.02
+
+
+def test_a_window_bounds_the_operations_of_attention_and_sinks_add_theirs():
+    of_attention = lambda T, **flags: small_gpt(**flags).flops_per_token(T) - small_gpt(**flags).flops_per_token(0)
+    per_key = 12 * 2 * 4 * 4  # layers, heads, head size
+    assert of_attention(10, window=4) == 4 * per_key and of_attention(3, window=4) == 3 * per_key
+    assert of_attention(10, window=4, n_sink=2) == 6 * per_key and of_attention(16, n_sink=5) == 16 * per_key
 
 
 # Optimizers
@@ -603,8 +611,8 @@ def by_enumeration(logits, temperature=1.0, top_k=0, top_p=1.0):
     return kept / kept.sum()
 
 
-SAMPLING = [dict(), dict(temperature=0.5), dict(temperature=3.0), dict(top_k=1), dict(top_k=2), dict(top_k=4), dict(top_k=99),
-            dict(top_p=0.01), dict(top_p=0.5), dict(top_p=0.9), dict(top_p=0.999), dict(top_k=4, top_p=0.7),
+SAMPLING = [dict(), dict(temperature=0.5), dict(temperature=3.0), dict(top_k=1), dict(top_k=2), dict(top_k=4),
+            dict(top_k=99), dict(top_p=0.01), dict(top_p=0.5), dict(top_p=0.9), dict(top_p=0.999), dict(top_k=4, top_p=0.7),
             dict(temperature=2.0, top_k=5, top_p=0.6)]
 
 
@@ -786,8 +794,10 @@ IMPOSSIBLE = [(dict(n_embd=18), 'n_embd 18', 'n_head 4'), (dict(n_kv_head=3), 'n
               (dict(n_expert=2, n_expert_active=0), 'n_expert_active 0', 'n_expert 2'),
               (dict(n_expert=2, moe_every=3), 'moe_every 3', 'n_layer 2'),
               *((dict([(name, 'best')]), name, "got 'best'") for name in ('norm', 'pos', 'mlp', 'attn')),
-              *((dict([(name, 0)]), name, 'got 0') for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'moe_every')),
-              *((dict([(name, -1)]), name, 'got -1') for name in ('n_kv_head', 'head_dim', 'n_hidden', 'window', 'n_sink', 'n_expert'))]
+              *((dict([(name, 0)]), name, 'got 0') for name in
+                ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'moe_every')),
+              *((dict([(name, -1)]), name, 'got -1') for name in
+                ('n_kv_head', 'head_dim', 'n_hidden', 'window', 'n_sink', 'n_expert'))]
 
 
 @pytest.mark.parametrize('flags, one, other', IMPOSSIBLE, ids=[str(case[0]) for case in IMPOSSIBLE])

@@ -1,0 +1,48 @@
+"""
+The pictures of runs: one run's curves, and several beside each other. Called by the Logger at a run's end, and by
+`python configurator.py out/a out/b`.
+"""
+import numpy as np
+from configurator import load_checkpoint, read_log
+
+def draw(folders, path, labels=None):
+    """Draw every logged metric of the runs against the step, a panel each. Runs of one label are one curve, their
+    mean, in a band from the lowest to the highest. Without matplotlib it is said that nothing was drawn."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print(f'{path} not drawn: it needs pip install matplotlib')
+    series = {}  # metric -> label -> step -> values of the runs of that label
+    for folder, label in zip(folders, labels or folders):
+        for record in read_log(folder):
+            for key in (k for k, v in record.items() if k not in ('step', 'final') and v is not None):
+                series.setdefault(key, {}).setdefault(label, {}).setdefault(record['step'], []).append(record[key])
+    rows = -(-len(series) // 3)
+    figure = Figure(figsize=(15, 3.5 * max(1, rows)), layout='constrained')
+    for i, key in enumerate(sorted(series, key=lambda k: ('loss' not in k, k)), 1):
+        axis = figure.add_subplot(rows, 3, i, title=key, xlabel='step')
+        for label, points in series[key].items():
+            steps, values = zip(*sorted(points.items()))
+            line, = axis.plot(steps, [np.mean(v) for v in values], label=label)
+            axis.fill_between(steps, [*map(min, values)], [*map(max, values)], alpha=0.2, color=line.get_color())
+        axis.grid(alpha=0.3)
+        if i == 1 and len(folders) > 1:
+            axis.legend(fontsize='small')
+    figure.savefig(path, dpi=80)
+
+def compare(folders, picture):
+    """Print the settings in which finished runs differ beside their results, and draw their curves."""
+    if not folders:
+        raise ValueError('name the folders of the runs to compare: python configurator.py out/a out/b')
+    configs = [load_checkpoint(folder)['config'] for folder in folders]
+    finals = [next((r['final'] for r in read_log(folder) if 'final' in r), {}) for folder in folders]
+    differ = [k for k in dict.fromkeys(k for c in configs for k in c) if k not in ('out_dir', 'wandb_run_name')
+              and any(c.get(k) != configs[0].get(k) for c in configs)]
+    rows = [['', *folders], *([k, *(str(c.get(k)) for c in configs)] for k in differ), ['---'] * (1 + len(folders))]
+    for k in dict.fromkeys(k for f in finals for k in f):
+        rows.append([k, *('-' if f.get(k) is None else f'{f[k]:.4g}' for f in finals)])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print(*(cell.ljust(width) for cell, width in zip(row, widths)), sep='  ')
+    labels = [', '.join(f'{k} {c.get(k)}' for k in differ if k != 'seed') for c in configs]
+    draw(folders, picture, [label or folder for label, folder in zip(labels, folders)])
