@@ -31,7 +31,7 @@ class GPTConfig:
     norm_eps: float = 1e-5
     pos: str = 'rope'           # 'learned' | 'sinusoidal' | 'rope'
     rope_base: float = 10000.0
-    mlp: str = 'swiglu'         # 'gelu' | 'swiglu' | 'relu2'
+    mlp: str = 'swiglu'         # 'gelu' | 'gelu_tanh' (GPT-2's approximation) | 'swiglu' | 'relu2'
     qk_norm: bool = False       # RMSNorm on queries and keys, a head at a time
     window: int = 0             # a token sees the last `window` tokens, itself counted; 0 = all
     n_sink: int = 0             # the first tokens, which stay visible behind the window
@@ -76,7 +76,7 @@ class GPTConfig:
 
 NORM = {'layernorm': lambda size, c: nn.LayerNorm(size, c.norm_eps, bias=c.bias),
         'rmsnorm': lambda size, c: nn.RMSNorm(size, c.norm_eps)}  # arXiv 1910.07467
-ACT = {'gelu': lambda x: F.gelu(x, approximate='tanh'), 'relu2': lambda x: F.relu(x).square(), 'swiglu': F.silu}
+ACT = {'gelu': F.gelu, 'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'), 'relu2': lambda x: F.relu(x).square(), 'swiglu': F.silu}
 
 # -----------------------------------------------------------------------------
 # Positions
@@ -215,7 +215,7 @@ class Attention(nn.Module):
         q, k, v = (t.unflatten(-1, (-1, c.head_dim)).transpose(1, 2) for t in self.c_attn(x).split(  # (B, heads, T, hs)
             [n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)], dim=-1))
         if c.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = (norm(t.to(norm.weight.dtype)).to(v.dtype) for norm, t in ((self.q_norm, q), (self.k_norm, k)))
         unturned = q
         if shared.rope:
             q, k = rotate(q, shared.rope), rotate(k, shared.rope)
@@ -288,7 +288,7 @@ class MoE(nn.Module):
         self.aux = len(self.experts) * (share * logits.softmax(dim=-1).mean(0)).sum()
         return out.view_as(x)
 
-FFN = {'gelu': MLP, 'relu2': MLP, 'swiglu': SwiGLU}
+FFN = {'gelu': MLP, 'gelu_tanh': MLP, 'relu2': MLP, 'swiglu': SwiGLU}
 
 class Block(nn.Module):
     """Pre-norm residual block: x + attention(norm(x)), then x + MLP(norm(x))."""
@@ -362,7 +362,9 @@ class GPT(nn.Module):
             raise ValueError(f'{end} tokens do not fit in a cache for {cache.window}' if c.causal else
                              'causal False sees all tokens at once: it cannot go on from a cache')
         k_pos = pos if cache is None else cache.extend(pos)
-        fused = c.attn == 'sdpa' or c.attn == 'auto' and (idx.device.type != 'cpu' or not torch.is_grad_enabled())
+        # the fused backward is the faster one but for bfloat16 on CPUs, where it takes several times as long
+        slow = idx.device.type == 'cpu' and torch.is_grad_enabled() and torch.is_autocast_enabled('cpu')
+        fused = c.attn == 'sdpa' or c.attn == 'auto' and not slow
         slides = c.pos == 'rope' and c.n_sink and end > c.block_size
         local = plain and c.causal and c.window and T > 2 * c.window and c.attn != 'manual'
         mask = None

@@ -7,7 +7,7 @@ Let a trained model speak: continue a text, answer a file of prompts, or chat in
     python sample.py --out_dir=out/sft --chat=True            a conversation; /reset forgets it, Ctrl-C stops an answer
     python sample.py --prompts=questions.jsonl --answers=answers.jsonl
 """
-import json, sys
+import json
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from bpe import printable, render_chat

@@ -57,7 +57,7 @@ bias = False                       # in linear layers and LayerNorm
 norm = 'rmsnorm'                   # 'layernorm' | 'rmsnorm'
 pos = 'rope'                       # 'learned' | 'sinusoidal' | 'rope'
 rope_base = 10000.0
-mlp = 'relu2'                      # 'gelu' | 'swiglu' | 'relu2'
+mlp = 'relu2'                      # 'gelu' | 'gelu_tanh' | 'swiglu' | 'relu2'
 qk_norm = True                     # RMSNorm on queries and keys
 window = 0                         # a token sees the last `window` tokens; 0 = all
 n_sink = 0                         # first tokens that stay visible behind the window

@@ -19,7 +19,7 @@ GPT2 = dict(vocab_size='vocab_size', block_size='n_positions', n_layer='n_layer'
 MISTRAL = LLAMA | dict(window='sliding_window')
 MIXTRAL = MISTRAL | dict(n_expert='num_local_experts', n_expert_active='num_experts_per_tok')
 FAMILIES = {  # model_type: (flags where its config.json says nothing, that file's names for flags)
-    'gpt2': (dict(norm='layernorm', norm_eps=1e-5, pos='learned', mlp='gelu', bias=True, tie_weights=True), GPT2),
+    'gpt2': (dict(norm='layernorm', norm_eps=1e-5, pos='learned', bias=True, tie_weights=True), GPT2),
     'llama': ({}, LLAMA), 'qwen2': (dict(qkv_bias=True), LLAMA), 'qwen3': (dict(qk_norm=True), LLAMA),
     'mistral': (dict(window=4096), MISTRAL), 'mixtral': (dict(norm_eps=1e-5, rope_base=1e6), MIXTRAL)}
 KNOWN = (  # what else may stand in a config.json: keys that change nothing here, and those set to what we do anyway
@@ -27,7 +27,7 @@ KNOWN = (  # what else may stand in a config.json: keys that change nothing here
     r'\w+_token_id|\w+_dropout|\w+_pdrop|summary_\w+|initializer_range|n_special|predict_special_tokens|pretraining_tp|'
     r'is_llama_config|rope_(scaling|parameters)|sliding_window|max_window_layers|(output_)?router_\w+|reorder_\w+)=.*|'
     r'(attention_bias|mlp_bias|use_sliding_window|use_mrope|rope_interleaved|add_cross_attention|is_encoder_decoder|'
-    r'scale_attn_by_inverse_layer_idx)=False|scale_attn_weights=True|hidden_act=silu|activation_function=gelu_new|'
+    r'scale_attn_by_inverse_layer_idx)=False|scale_attn_weights=True|hidden_act=silu|activation_function=gelu(_new)?|'
     r"(rope_)?type=default|partial_rotary_factor=1(\.0)?|layer_types=\[('full_attention'(, )?)*\]")
 WEIGHTS = {  # of all but gpt2, whose names are ours; where there are several, ours is those stacked
     'wte': 'model.embed_tokens', 'ln_f': 'model.norm', 'lm_head': 'lm_head', 'ln_1': 'input_layernorm',
@@ -48,6 +48,8 @@ def config_from(d, **overrides):
         raise ValueError(f'not known here, so that its results might differ: {", ".join(odd)}')
     flags = dict.fromkeys(names, 0) | dict(norm_eps=1e-6, rope_base=1e4, tie_weights=False, window=0) | flags
     flags |= {flag: fields[flag].type(d[k] or 0) for flag, k in names.items() if k in d}
+    if d['model_type'] == 'gpt2':
+        flags['mlp'] = 'gelu' if d.get('activation_function') == 'gelu' else 'gelu_tanh'
     return GPTConfig(**flags | {'window': min(flags['window'], flags['block_size'])} | overrides)
 
 def named_parts(model, kind):
@@ -128,6 +130,7 @@ def save_pretrained(model, folder, tokenizer=None):
     kind = ('gpt2' if c.pos == 'learned' else 'mixtral' if c.n_expert else 'qwen3' if c.qk_norm else
             'qwen2' if c.qkv_bias else 'mistral' if c.window or c.n_embd % c.n_head else 'llama')  # whose heads divide
     about = {'model_type': kind, **{name: getattr(c, flag) for flag, name in FAMILIES[kind][1].items()}}
+    about |= {'activation_function': 'gelu' if c.mlp == 'gelu' else 'gelu_new'} if kind == 'gpt2' else {}
     about |= {'sliding_window': c.window or None} if 'sliding_window' in about else {}
     again = vars(config_from(about, dropout=c.dropout, attn=c.attn))
     free = ('bias', 'qkv_bias', 'rope_base') * (kind == 'gpt2') + ('n_expert_active', 'moe_every') * (not c.n_expert)

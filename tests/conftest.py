@@ -5,7 +5,7 @@ import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-os.environ.setdefault('OMP_NUM_THREADS', '1')  # threads that wait for each other make tiny models slow on a busy machine
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # on a busy machine, threads that wait for each other are slow
 
 
 def start(*command, env={}, **how):

@@ -43,7 +43,7 @@ def random_case(rng):
 
 @pytest.mark.parametrize('seed', range(8))
 def test_cached_logits_equal_uncached_ones(seed):
-    """50 random cases: rows of different lengths, padded on the left, each equal that row alone without a cache."""
+    """50 random cases; rows of different lengths are padded on the left. Each equals that row alone, uncached."""
     rng = random.Random(seed)
     for case in range(50):
         flags, lengths, sizes = random_case(rng)
@@ -76,7 +76,8 @@ def test_past_block_size_a_layer_cannot_tell_how_far_it_has_come(window, n_sink)
     """The same sinks and the same last tokens, after 9 tokens or 70: every distance is one that was trained on."""
     model = small_gpt(block_size=BLOCK, window=window, n_sink=n_sink, n_layer=1)
     begin, end, between = some_ids(1, n_sink), some_ids(1, BLOCK - n_sink, seed=1), some_ids(1, 70, seed=2)
-    ends = [feed(model, model.new_cache(1), torch.cat((begin, between[:, :n], end), dim=1), [1])[0, -1] for n in (9, 40, 70)]
+    texts = [torch.cat((begin, between[:, :n], end), dim=1) for n in (9, 40, 70)]
+    ends = [feed(model, model.new_cache(1), text, [1])[0, -1] for text in texts]
     assert close(ends[0], ends[1]) and close(ends[0], ends[2])
     other = torch.cat((begin, between[:, :9], end[:, :-1], (end[:, -1:] + 1) % 11), dim=1)
     assert largest_gap(feed(model, model.new_cache(1), other, [1])[0, -1], ends[0]) > 0.1

@@ -45,7 +45,7 @@ THEIRS = {
 }
 BASE = dict(vocab_size=301, n_embd=36, n_layer=3, n_head=6, block_size=96, norm_eps=3e-5, n_hidden=52)
 MODERN = dict(BASE, n_kv_head=2, rope_base=5000.0)
-OLD = dict(BASE, norm='layernorm', pos='learned', mlp='gelu')
+OLD = dict(BASE, norm='layernorm', pos='learned', mlp='gelu_tanh')
 OURS = {
     'gpt2': dict(OLD, bias=True),
     'gpt2 without biases': dict(OLD, tie_weights=False),
@@ -418,7 +418,7 @@ def test_without_a_tokenizer_no_token_ends_a_text(tmp_path):
     ('llama', dict(partial_rotary_factor=0.25), 'partial_rotary_factor=0.25'),
     ('llama', dict(rope_interleaved=True), 'rope_interleaved=True'),
     ('llama', dict(hidden_act='gelu'), 'hidden_act=gelu'),
-    ('gpt2', dict(activation_function='gelu'), 'activation_function=gelu'),
+    ('gpt2', dict(activation_function='relu'), 'activation_function=relu'),
     ('gpt2', dict(scale_attn_by_inverse_layer_idx=True), 'scale_attn_by_inverse_layer_idx=True'),
     ('gpt2', dict(scale_attn_weights=False), 'scale_attn_weights=False'),
     ('gpt2', dict(add_cross_attention=True), 'add_cross_attention=True'),

@@ -2,12 +2,11 @@
 What sample.py promises, of a small run that is trained here. Independent of it: the model's own logits, walked by
 hand, and UTF-8 as Python decodes it.
 """
-import json, os, shutil, types
+import json, types
 
 import pytest
 import torch
 
-import configurator
 import sample
 from bpe import Tokenizer, printable, render_chat
 from configurator import load_checkpoint, save_checkpoint
@@ -115,7 +114,8 @@ def test_the_start_may_be_a_file_which_is_taken_to_the_byte(babble, tmp_path):
     ids = likeliest(babble, 'the né\r\n\tking'.encode(), 10)
     assert ids != likeliest(babble, 'the né\n\tking'.encode(), 10)  # it is read, though it is not printed
     assert text.startswith('the né\n\tking' + printable(Tokenizer.byte().decode(ids)).rstrip('\ufffd'))
-    assert f'{tmp_path}/no.txt' in one_line(call('sample.py', *CPU, f'--out_dir={babble}', f'--start=FILE:{tmp_path}/no.txt'))
+    message = one_line(call('sample.py', *CPU, f'--out_dir={babble}', f'--start=FILE:{tmp_path}/no.txt'))
+    assert f'{tmp_path}/no.txt' in message
 
 
 def test_an_empty_start_is_the_beginning_of_a_document(babble):
@@ -178,16 +178,16 @@ def user(text):
 
 
 def test_each_prompt_of_a_file_gets_the_answer_it_would_get_alone(babble, tmp_path):
-    tok = Tokenizer.byte()
-    asked = jsonl(tmp_path / 'asked.jsonl', [{'prompt': p, 'id': i} for i, p in enumerate(['the king', 'a', '王 né ' * 2])])
+    tok, asked = Tokenizer.byte(), [{'prompt': p, 'id': i} for i, p in enumerate(['the king', 'a', '王 né ' * 2])]
+    jsonl(tmp_path / 'asked.jsonl', asked)
     args = [*CPU, f'--out_dir={babble}', '--temperature=0', '--max_new_tokens=8', f'--prompts={tmp_path}/asked.jsonl']
     for name, size in (('a', 32), ('b', 1)):
         said = ok(call('sample.py', *args, f'--answers={tmp_path}/{name}.jsonl', f'--batch_size={size}'))
         assert said.splitlines()[-1] == f'3 answers written to {tmp_path}/{name}.jsonl'
-    assert jsonl(tmp_path / 'a.jsonl') == jsonl(tmp_path / 'b.jsonl') == [
-        {**row, 'response': tok.decode(likeliest(babble, render_chat([user(row['prompt'])], tok)[0], 8)).split('<|end|>')[0]}
-        for row in asked]
-    assert len({row['response'] for row in jsonl(tmp_path / 'a.jsonl')}) == 3
+    alone = [tok.decode(likeliest(babble, render_chat([user(row['prompt'])], tok)[0], 8)) for row in asked]
+    expected = [{**row, 'response': text.split('<|end|>')[0]} for row, text in zip(asked, alone)]
+    assert jsonl(tmp_path / 'a.jsonl') == jsonl(tmp_path / 'b.jsonl') == expected
+    assert len({row['response'] for row in expected}) == 3
 
 
 def test_a_bad_line_of_prompts_is_named_and_nothing_is_answered(run, tmp_path):
@@ -210,7 +210,8 @@ def test_a_conversation_is_remembered_until_reset(babble):
     tok = Tokenizer.byte()
 
     def answer(*history):
-        ids, _ = render_chat([{**user(text), 'role': role} for role, text in zip(['user', 'assistant'] * 9, history)], tok)
+        roles = ['user', 'assistant'] * len(history)
+        ids, _ = render_chat([{'role': role, 'content': text} for role, text in zip(roles, history)], tok)
         return printable(tok.decode(likeliest(babble, ids[-24:], 8)).split('<|end|>')[0])  # 8 of 32 are for the answer
     first = answer('the')
     second = answer('the', first, 'a')
@@ -243,9 +244,10 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(run, monkeypatch, capsy
 
 def test_a_prompt_longer_than_the_context_is_cut_on_the_left_and_that_is_said_once(babble16, tmp_path):
     args = [*CPU, f'--out_dir={babble16}', '--temperature=0', '--max_new_tokens=4', '--num_samples=1']
-    said, cut = (ok(call('sample.py', *args, f'--start={text}')) for text in ('b' * 36 + 'aaaathe king is ', 'aaaathe king is '))
+    end = 'aaaathe king is '
+    said, short = (ok(call('sample.py', *args, f'--start={text}')) for text in ('b' * 36 + end, end))
     assert said.count('cut') == 1 and '[a prompt of 52 tokens is cut on the left to 16; block_size is 16]' in said
-    assert 'cut' not in cut and said.split('the king is ')[1:] == cut.split('the king is ')[1:]  # its end is what is continued
+    assert 'cut' not in short and said.split(end)[1] == short.split(end)[1]  # its end is what is continued
     jsonl(tmp_path / 'asked.jsonl', [{'prompt': 'b' * n} for n in (40, 2, 41)])
     said = ok(call('sample.py', *args, f'--prompts={tmp_path}/asked.jsonl', f'--answers={tmp_path}/a.jsonl'))
     assert said.count('cut') == 1 and len(jsonl(tmp_path / 'a.jsonl')) == 3
