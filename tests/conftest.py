@@ -16,8 +16,8 @@ def start(*command, env={}, **how):
     return process
 
 
-def finish(process):
-    stdout, stderr = process.communicate(timeout=120)
+def finish(process, stdin=None):
+    stdout, stderr = process.communicate(stdin, timeout=120)
     return types.SimpleNamespace(returncode=process.returncode, stdout=stdout, stderr=stderr)
 
 

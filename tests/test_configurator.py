@@ -408,8 +408,9 @@ def test_peak_memory_is_in_megabytes_and_never_falls():
 # Checkpoints
 
 def checkpoint_of(step, numbers=1000):
-    return {'model': {'w': torch.full((numbers,), float(step))}, 'optimizer': [{'m': torch.full((numbers,), float(step))}],
-            'model_args': {}, 'step': step, 'config': {'step': step}, 'tokenizer': {}}
+    w, m = (torch.full((numbers,), float(step)) for _ in range(2))
+    return {'model': {'w': w}, 'model_args': {}, 'optimizer': [{'m': m}], 'step': step, 'config': {'step': step},
+            'tokenizer': {}}
 
 
 def is_whole(checkpoint):

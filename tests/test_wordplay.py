@@ -119,7 +119,7 @@ def test_the_same_seed_writes_the_same_files_and_another_does_not(tmp_path):
 @pytest.mark.parametrize('args, said', [
     (('--n_test=100000',), '100000 prompts would be'),
     (('--noise=1.5',), '0 < noise < 1'),
-    (('--n_sfd=3',), 'did you mean n_sft'),
+    (('--n_sfd=3',), 'did you mean --n_sft'),
 ])
 def test_a_mistake_gets_one_line(tmp_path, args, said):
     assert said in one_line(make(tmp_path / 'a', *small, *args))
