@@ -450,6 +450,7 @@ def test_kill_9_at_any_moment_leaves_the_last_checkpoint_that_was_saved(tmp_path
         before, process = saved.value, fork.Process(target=save_for_ever, args=(str(tmp_path), saved))
         process.start()
         while saved.value == before:
+            assert process.is_alive()
             time.sleep(0.001)
         time.sleep(chance.uniform(0, 0.03))
         os.kill(process.pid, signal.SIGKILL)
