@@ -33,7 +33,7 @@ batch_size = 32           # prompts answered at a time
 use_cache = True          # False = compute every token's keys and values again, to see what the cache saves
 device = 'auto'           # 'auto' | 'cpu' | 'cuda' | 'cuda:1' | 'mps'
 dtype = 'auto'            # 'auto' | 'float32' | 'bfloat16' | 'float16'
-compile = False           # torch.compile
+compile = False           # no effect yet; here so that nanoGPT's command lines run
 # -----------------------------------------------------------------------------
 
 def fit(ids, model, room):
@@ -95,8 +95,6 @@ if __name__ == "__main__":
     model, tok = load_model(out_dir if init_from == 'resume' else init_from, config)
     run = start_run(config, flops=0)
     model.to(run.device).eval()
-    if run.compile:
-        model.compile()
     how = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, use_cache=use_cache,
                generator=rng(seed, device=run.device))
     with run.autocast:
