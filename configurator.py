@@ -5,9 +5,10 @@ results, and draws their curves in one picture (those that differ in the seed al
 
     python configurator.py out/a out/b --out=compare.png
 """
-import ast, contextlib, difflib, dis, functools, glob, json, math, os, re, shutil, signal, sys, traceback, types, zipfile
+import ast, contextlib, difflib, dis, functools, glob, json, math, os, re, shutil, signal, sys, traceback, types
 import numpy as np
 import torch
+from data.checkpoint import load_checkpoint, replacing, save_checkpoint  # the scripts take them from here
 
 # ----- Settings: names assigned a literal between the first two rules of a script
 
@@ -75,19 +76,32 @@ def configure(names):
     names.update(settings)
     return settings
 
-def resume_settings(config, saved, fixed):
-    """`config` for a run that goes on: the settings it was saved with, but for those given on this command line,
-    which are said. ValueError for one of those that cannot change, `fixed`."""
-    for key in [key for key in config if key in saved and key not in ('init_from', 'out_dir')]:
+def at_least_one(config, *names):
+    """ValueError naming the first of these settings that is below 1."""
+    for name in names:
+        if config[name] < 1:
+            raise ValueError(f'{name} must be at least 1; got {config[name]}')
+
+def resume(config, fixed):
+    """The checkpoint in out_dir to go on from, of init_from='resume' or after a restart by torchrun; {} for a fresh
+    start. The settings it was saved with become those of `config`, but for those given on this command line, which are
+    said. ValueError for one of those that cannot change, `fixed`."""
+    path = os.path.join(config['out_dir'], 'ckpt.pt')
+    restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and os.path.exists(path)
+    if config['init_from'] != 'resume' and not restarted:
+        return {}
+    checkpoint = load_checkpoint(config['out_dir'])
+    saved = checkpoint['config']
+    for key in [key for key in config if key in saved and key != 'out_dir']:
         old, new = saved[key], config[key]
-        if key not in configure.given:
+        if key not in configure.given or key == 'init_from':
             config[key] = old
         elif new != old and key in fixed:
             raise ValueError(f'{key}={new!r}: the run to resume has {old!r}, which cannot change; leave it out, or '
                              'start anew in another out_dir')
-        elif new != old:
+        elif new != old and os.environ.get('RANK', '0') == '0':
             print(f'{key}: {old!r} -> {new!r}')
-    return config
+    return checkpoint
 
 def one_line_errors(kind, error, trace):
     """sys.excepthook: what a user can mend is said in one line, the rest keeps its traceback."""
@@ -141,6 +155,23 @@ def start_run(config, flops=math.inf):
         autocast=contextlib.nullcontext() if name == 'float32' else torch.autocast(kind, dtype),
         scaler=torch.amp.GradScaler(kind, enabled=name == 'float16'))
 
+def parallel(model, run, micro_batches):
+    """The module to call in training: compiled where the run compiles; with several ranks, which share the micro-batches
+    of a step, one that averages their gradients."""
+    if micro_batches % run.world:
+        raise ValueError(f'{micro_batches} gradient_accumulation_steps cannot be shared by {run.world} ranks; make them '
+                         f'a multiple of {run.world}')
+    model = torch.compile(model) if run.compile else model
+    if run.world == 1:
+        return model
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=[run.device] if run.type == 'cuda' else None)
+
+def diverged(step, out_dir, saved, **numbers):
+    """The error to raise for a loss or a gradient that is no number."""
+    text = ', '.join(f'{k} {float(v):.4g}' for k, v in numbers.items())
+    return ValueError(f'step {step}: {text}: the run has diverged; lower learning_rate or raise warmup_iters. '
+                      f'What {out_dir} holds is good, of step {saved}')
+
 def seed_for(seed, *where):
     """A seed, a pure function of (seed, step, ...), so that a resumed run draws what it would have drawn."""
     return int(np.random.SeedSequence([seed, *where]).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -169,6 +200,16 @@ class StopSignal:
             torch.distributed.all_reduce(asked)
         return asked.item() > 0
 
+    def leave(self, run, stopping, step, out_dir):
+        """The end of the ranks' work together, and where a signal ended it, of the process: how to go on is said."""
+        if run.world > 1:
+            torch.distributed.destroy_process_group()
+        if stopping:
+            if run.master:
+                print(f'stopped at step {step}; go on with: python {os.path.basename(sys.argv[0])} --init_from=resume '
+                      f'--out_dir={out_dir}')
+            sys.exit(self.exit_code)
+
 def peak_memory_mb(kind='cpu'):
     """The most memory this process has held, in MB (2^20 bytes): on the GPU if there is one, else resident."""
     import resource  # not on Windows
@@ -180,8 +221,8 @@ def learning_rate_at(step, config):
     lr_decay_iters (0 = max_iters), where it stays: 'cosine' (arXiv 1608.03983), 'linear', 'wsd' (warm-up, stable,
     decay: flat until the last cooldown_frac, then linear; arXiv 2405.18392), 'constant' (so is decay_lr=False)."""
     top, low, warmup = config['learning_rate'], config['min_lr'], config['warmup_iters']
-    end = config['lr_decay_iters'] or config['max_iters']
-    kind = config.get('lr_schedule', 'cosine') if config['decay_lr'] else 'constant'
+    end = config.get('lr_decay_iters') or config['max_iters']
+    kind = config.get('lr_schedule', 'cosine') if config.get('decay_lr', True) else 'constant'
     if step < warmup:
         return top * (step + 1) / (warmup + 1)
     t = min(1.0, (step - warmup) / max(1, end - warmup))  # from 0, the end of warm-up, to 1, the end of decay
@@ -190,67 +231,6 @@ def learning_rate_at(step, config):
     if kind not in falls:
         raise ValueError(f'lr_schedule must be one of {", ".join(falls)}; got {kind!r}')
     return low + falls[kind] * (top - low)
-
-# ----- Checkpoints: plain dicts of tensors and primitives, never half-written, never run as code
-
-@contextlib.contextmanager
-def replacing(path, keep=None):
-    """A binary file that gets its name when it is whole and on the disk. Until then the old one stands; from then
-    on it has the name `keep`, if that is given."""
-    try:
-        with open(f'{path}.tmp', 'wb') as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        if keep and os.path.exists(path):
-            os.replace(path, keep)
-        os.replace(f'{path}.tmp', path)
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(f'{path}.tmp')
-
-def save_checkpoint(out_dir, checkpoint, name='ckpt.pt', final=True):
-    """Write out_dir/name so that a crash at any moment leaves a whole checkpoint; the ckpt.pt before it stays as
-    ckpt_prev.pt. Where the disk is full the old one stays: OSError, or a warning if this is not the final save."""
-    path = os.path.join(out_dir, name)
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        with replacing(path, keep=os.path.join(out_dir, 'ckpt_prev.pt') if name == 'ckpt.pt' else None) as f:
-            torch.save(checkpoint, f)
-    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        need = 3 * sum(t.nbytes for t in checkpoint['model'].values())  # weights and two moments
-        text = f'{path} could not be saved; about {need:,} bytes are needed, and what was saved before is kept ({e})'
-        if final:
-            raise OSError(text) from e
-        print('warning:', text)
-
-def load_checkpoint(path, name='ckpt.pt'):
-    """The checkpoint at a path or in a run's folder, on the CPU; its checksums are verified. Where a folder's
-    ckpt.pt is damaged or missing ckpt_prev.pt is taken, and that is said. ValueError if neither can be read."""
-    if os.path.isdir(path):
-        path, previous = os.path.join(path, name), os.path.join(path, 'ckpt_prev.pt')
-        try:
-            return load_checkpoint(path)
-        except ValueError as e:
-            if not os.path.exists(previous):
-                raise
-            checkpoint = load_checkpoint(previous)
-            print(f"{e}; taking {previous}, of step {checkpoint['step']}")
-            return checkpoint
-    if not os.path.exists(path):
-        raise ValueError(f'{path}: no such checkpoint; train one, or name another folder')
-    try:
-        with zipfile.ZipFile(path) as z:
-            if sum(i.file_size for i in z.infolist()) > os.path.getsize(path):
-                raise ValueError('it says to be larger than it is')
-            if damaged := z.testzip():
-                raise ValueError(f'the checksum of {damaged} is wrong')
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        if not {'model', 'model_args', 'step', 'config'} <= checkpoint.keys():
-            raise ValueError('it is not of nanoLLM')
-        return checkpoint
-    except Exception as e:
-        raise ValueError(f"{path}: damaged or foreign checkpoint ({' '.join(str(e).split())[:100]})") from e
 
 # ----- The log
 
@@ -275,8 +255,8 @@ class Logger:
             self.board = SummaryWriter(os.path.join(out_dir, 'tensorboard'), purge_step=step)
         if config.get('wandb_log'):
             import wandb
-            self.wandb = wandb.init(project=config['wandb_project'], name=config['wandb_run_name'], config=config,
-                                    dir=out_dir)
+            project, name = config.get('wandb_project', 'nanollm'), config.get('wandb_run_name', os.path.basename(out_dir))
+            self.wandb = wandb.init(project=project, name=name, config=config, dir=out_dir)
 
     def write(self, record):
         """Append a line to log.jsonl; what is not finite is null there, since JSON has no NaN."""

@@ -545,6 +545,22 @@ class ScalarHead(nn.Module):
         last = (real * torch.arange(real.size(1), device=h.device)).argmax(1)
         return self(h[torch.arange(len(h), device=h.device), last][:, None])[:, 0]
 
+class RewardModel(nn.Module):
+    """A trunk and a ScalarHead: the score of a whole conversation (arXiv 2203.02155, section 3.5). `shift` and
+    `scale`, set after training, bring the scores of the policy's answers to mean 0 and variance 1."""
+    def __init__(self, trunk):
+        super().__init__()
+        self.trunk, self.head = trunk, ScalarHead(trunk.config.n_embd, std=(trunk.config.n_embd + 1) ** -0.5)
+        trunk.lm_head.requires_grad_(trunk.config.tie_weights)        # a head of its own has nothing to do here
+        self.register_buffer('shift', torch.zeros(()))
+        self.register_buffer('scale', torch.ones(()))
+
+    def forward(self, idx):
+        """idx (B, T), -1 = padding, on any side -> scores (B,)."""
+        real = idx >= 0
+        h = self.trunk.hidden(idx, pos=torch.where(real, real.cumsum(1) - 1, -1))
+        return (self.head.score(h, real, self.trunk.config.causal) - self.shift) * self.scale
+
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, for the 2-D weights of hidden layers (Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon). The update is torch.optim.Muon's, but matrices of one shape

@@ -5,15 +5,15 @@ Let a trained model speak: continue a text, answer a file of prompts, or chat in
     python sample.py --start="O Romeo" --stream=True          print as it goes
     python sample.py --start=FILE:prompt.txt --num_samples=5
     python sample.py --out_dir=out/sft --chat=True            a conversation; /reset forgets it, Ctrl-C stops an answer
-    python sample.py --prompts=questions.jsonl --answers=answers.jsonl
+    python sample.py --prompts=questions.jsonl --answers=answers.jsonl --best_of=4 --reward_model=out/reward
 """
 import json
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from bpe import printable, render_chat
-from configurator import configure, rng, start_run
+from configurator import at_least_one, configure, rng, start_run
+from data.answers import answer, pad_left
 from data.dataset import read_jsonl
-from data.pretrained import load_model
+from data.pretrained import load_model, load_reward_model
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'      # 'resume' = the run in out_dir | a run's folder | a Hugging Face folder or name
@@ -29,6 +29,8 @@ stream = False            # print each sample as it is made
 chat = False              # talk to the model
 prompts = ''              # a JSON Lines file of prompts to answer
 answers = 'answers.jsonl'  # where the answers go: each line of `prompts` with a "response"
+best_of = 1               # of so many answers to each prompt, take the one that reward_model scores highest
+reward_model = 'out/reward'  # folder of a run of reward.py
 batch_size = 32           # prompts answered at a time
 use_cache = True          # False = compute every token's keys and values again, to see what the cache saves
 device = 'auto'           # 'auto' | 'cpu' | 'cuda' | 'cuda:1' | 'mps'
@@ -55,15 +57,17 @@ def spoken(tokens, tok, stop=()):
         yield printable(decode([token]))
     yield printable(decode([], final=True))
 
-def answer_prompts(model, tok, conversations, generate):
-    """The model's answers (strings) to lists of messages, batch_size prompts at a time, of any lengths."""
-    end, texts = tok.special.get('<|end|>'), []
-    rows = [torch.tensor(fit(render_chat(c, tok)[0], model, max_new_tokens)) for c in conversations]
-    for i in range(0, len(rows), batch_size):
-        idx = pad_sequence(rows[i:i + batch_size], batch_first=True, padding_value=-1, padding_side='left')
-        for row in generate(idx.to(run.device), stop=[end])[:, idx.size(1):].tolist():
-            texts.append(tok.decode([t for t in row if t not in (-1, end)]))
-    return texts
+def answer_prompts(model, tok, conversations, judge, how):
+    """The model's answers (strings) to lists of messages; with a judge, the best of best_of by its scores."""
+    prompts = [fit(render_chat(c, tok)[0], model, max_new_tokens) for c in conversations for _ in range(best_of)]
+    texts = [text for text, _ in answer(model, tok, prompts, batch_size=batch_size, **how)]
+    if judge is None:
+        return texts
+    said = [{'role': 'assistant', 'content': text} for text in texts]
+    rows = [render_chat([*conversations[i // best_of], message], tok)[0] for i, message in enumerate(said)]
+    rows = [row[-judge.trunk.config.block_size:] for row in rows]
+    scores = [judge(pad_left(rows[i:i + best_of], run.device)).argmax().item() for i in range(0, len(rows), best_of)]
+    return [texts[i * best_of + best] for i, best in enumerate(scores)]
 
 def converse(model, tok, stream):
     """A conversation in the terminal, until the end of input."""
@@ -92,6 +96,7 @@ def converse(model, tok, stream):
 
 if __name__ == "__main__":
     config = configure(globals())
+    at_least_one(config, 'best_of', 'num_samples', 'batch_size', 'max_new_tokens')
     model, tok = load_model(out_dir if init_from == 'resume' else init_from, config)
     run = start_run(config, flops=0)
     model.to(run.device).eval()
@@ -103,7 +108,9 @@ if __name__ == "__main__":
         elif prompts:
             asked = read_jsonl(prompts, 'prompt')
             conversations = [a.get('messages') or [{'role': 'user', 'content': a['prompt']}] for a in asked]
-            texts = answer_prompts(model, tok, conversations, lambda idx, stop: model.generate(idx, stop=stop, **how))
+            judge = load_reward_model(reward_model, tok).to(run.device) if best_of > 1 else None
+            with torch.no_grad():
+                texts = answer_prompts(model, tok, conversations, judge, how)
             with open(answers, 'w', encoding='utf-8') as f:
                 f.writelines(json.dumps({**a, 'response': t}, ensure_ascii=False) + '\n' for a, t in zip(asked, texts))
             print(f'{len(texts)} answers written to {answers}')

@@ -10,15 +10,14 @@ Train a language model on a dataset of tokens, from scratch or from any checkpoi
 The dataset is prepared first if it is not there yet. Every random choice is a function of (seed, step):
 a run that was resumed, on as many ranks as you like, sees the batches of one that never stopped.
 """
-import math, os, sys, time
+import math, time
 from dataclasses import asdict
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel as DDP
 from bpe import printable
-from configurator import (Logger, StopSignal, configure, learning_rate_at, load_checkpoint, peak_memory_mb,
-                          resume_settings, rng, save_checkpoint, seed_for, start_run)
+from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, parallel,
+                          peak_memory_mb, resume, rng, save_checkpoint, seed_for, start_run)
 from data.dataset import load_dataset
 from data.pretrained import load_model
 from model import GPTConfig
@@ -130,16 +129,11 @@ if __name__ == "__main__":
     config = configure(globals())
 
     # 1. data, model, machine
-    restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and os.path.exists(f'{out_dir}/ckpt.pt')
-    checkpoint = load_checkpoint(out_dir) if init_from == 'resume' or restarted else {}
-    if checkpoint:
-        fixed = {'optimizer', *GPTConfig.__dataclass_fields__} - {'dropout', 'attn'}
-        globals().update(resume_settings(config, checkpoint['config'], fixed))
-    for name in ('eval_interval', 'log_interval', 'batch_size', 'gradient_accumulation_steps'):
-        if config[name] < 1:
-            raise ValueError(f'{name} must be at least 1; got {config[name]}')
+    checkpoint = resume(config, {'optimizer', *GPTConfig.__dataclass_fields__} - {'dropout', 'attn'})
+    globals().update(config)
+    at_least_one(config, 'eval_interval', 'log_interval', 'batch_size', 'gradient_accumulation_steps')
     train_data, val_data, meta, tok = load_dataset(dataset, block_size, tokenizer, vocab_size)
-    model, tok = load_model(init_from if not checkpoint else checkpoint, config, tok)
+    model, tok = load_model(checkpoint or init_from, config, tok)
     if block_size > model.config.block_size:
         raise ValueError(f'block_size {block_size} is more than the {model.config.block_size} of {init_from}')
     first, best_val_loss = checkpoint.get('step', 0), checkpoint.get('best_val_loss', math.inf)
@@ -152,9 +146,7 @@ if __name__ == "__main__":
     optimizers = model.optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), muon_lr)
     for o, old in zip(optimizers, checkpoint.get('optimizer', [])):  # the moments, under this run's settings
         o.load_state_dict({'state': old['state'], 'param_groups': o.state_dict()['param_groups']})
-    trained = torch.compile(model) if run.compile else model
-    if run.world > 1:
-        trained = DDP(trained, device_ids=[run.device] if run.type == 'cuda' else None)
+    trained = parallel(model, run, run.world)
     logger = Logger(f'{out_dir}/eval' if eval_only else out_dir, config, first, run.master)
     stop = StopSignal()
     bytes_per_token = meta['val_bytes'] / meta['val_tokens']
@@ -166,11 +158,6 @@ if __name__ == "__main__":
         return {'stage': 'train', 'step': step, 'model': model.state_dict(), 'model_args': asdict(model.config),
                 'optimizer': [o.state_dict() for o in optimizers], 'config': config, 'tokenizer': tok.to_dict(),
                 'best_val_loss': best_val_loss}
-
-    def diverged(**numbers):
-        text = ', '.join(f'{k} {v:.4g}' for k, v in numbers.items())
-        return ValueError(f'step {step}: {text}: the run has diverged; lower learning_rate or raise warmup_iters. '
-                          f'What {out_dir} holds is good, of step {saved}')
 
     began = last_time = time.time()
     train_seconds, saved = 0.0, first
@@ -185,7 +172,7 @@ if __name__ == "__main__":
         done = stopping or step >= max_iters
         if done or eval_only or step % eval_interval == 0:
             if not math.isfinite(val_loss := evaluate(model, val_data[:block_size + 1], config, run)):
-                raise diverged(val_loss=val_loss)  # a block is enough to see it, and nothing is saved
+                raise diverged(step, out_dir, saved, val_loss=val_loss)  # a block is enough to see it, and nothing is saved
             if (stopping or always_save_checkpoint and step > first) and not eval_only:
                 saved = step
                 if run.master:
@@ -228,7 +215,7 @@ if __name__ == "__main__":
             run.scaler.unscale_(o)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         if not torch.isfinite(loss if run.scaler.is_enabled() else grad_norm):
-            raise diverged(loss=loss, grad_norm=grad_norm)
+            raise diverged(step, out_dir, saved, loss=loss, grad_norm=grad_norm)
         for o in optimizers:
             run.scaler.step(o)
             o.zero_grad(set_to_none=True)
@@ -247,12 +234,7 @@ if __name__ == "__main__":
         last_time = now
 
     # 7. the end
-    if run.world > 1:
-        dist.destroy_process_group()
-    if stopping:
-        if run.master:
-            print(f'stopped at step {step}; go on with: python train.py --init_from=resume --out_dir={out_dir}')
-        sys.exit(stop.exit_code)
+    stop.leave(run, stopping, step, out_dir)
     logger.final({'val_loss': val_loss, 'val_bpb': val_bpb, 'val_nats_per_byte': val_bpb * math.log(2),
                   'tokens_per_second': (step - first) * sequences * block_size / max(train_seconds, 1e-9),
                   'seconds': time.time() - began, 'peak_memory_mb': peak_memory_mb(run.type), 'steps': step,

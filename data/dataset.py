@@ -2,12 +2,13 @@
 Datasets on disk, written and read in one place. Tokens: train.bin and val.bin, beside the tokenizer.json that made
 them and a meta.json that says what they hold. Examples for post-training: JSON Lines, a checked object a line.
 """
-import codecs, fcntl, hashlib, json, math, os, subprocess, sys
+import codecs, fcntl, hashlib, importlib.util, json, math, os, subprocess, sys
 from contextlib import ExitStack
 from urllib.request import urlopen
 import numpy as np
+import torch
 from bpe import SPECIAL, Tokenizer, check_texts, render_chat
-from configurator import replacing
+from configurator import replacing, rng
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -103,6 +104,39 @@ def load_dataset(dataset, block_size, tokenizer='', vocab_size=0):
     if tok.fingerprint != meta['tokenizer']['fingerprint']:
         raise ValueError(f'{folder}: tokenizer.json is not the one whose fingerprint meta.json has; run {script} again')
     return *tokens, meta, tok
+
+def load_examples(dataset, split, kind):
+    """The examples, see read_jsonl, of data/<dataset>/<split>.jsonl, which is prepared first if it is not there."""
+    path, script = (os.path.join(HERE, dataset, name) for name in (f'{split}.jsonl', 'prepare.py'))
+    if not os.path.exists(path) and os.path.exists(script):
+        with open(script, 'rb') as lock:  # one process prepares; other ranks and runs wait for it
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not os.path.exists(path):
+                print(f'preparing data/{dataset}', flush=True)
+                if subprocess.run([sys.executable, script]).returncode:
+                    raise ValueError(f'data/{dataset} could not be prepared, for the reason above')
+    if not os.path.exists(path):
+        raise ValueError(f'{path}: no such file' + f'; {script} does not make it' * os.path.exists(script))
+    return read_jsonl(path, kind)
+
+def endless_order(n, first, count, *seed):
+    """`count` indices from position `first` on of an endless sequence of permutations of 0..n-1, one after another: a
+    pure function of the seed, so that a resumed run goes on where it stopped."""
+    indices = []
+    for epoch in range(first // n, (first + count - 1) // n + 1):
+        order = torch.randperm(n, generator=rng(*seed, epoch))
+        indices += order[max(0, first - epoch * n):first + count - epoch * n].tolist()
+    return indices
+
+def load_gold(dataset):
+    """The function gold(prompt, response) -> (exact, graded) of data/<dataset>/prepare.py; None if it has none."""
+    script = os.path.join(HERE, dataset, 'prepare.py')
+    if not os.path.exists(script):
+        return None
+    spec = importlib.util.spec_from_file_location(f'prepare_{os.path.basename(dataset)}', script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, 'gold', None)
 
 def read_jsonl(path, kind):
     """

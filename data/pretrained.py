@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from bpe import Tokenizer
 from configurator import load_checkpoint, replacing
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, RewardModel
 
 LLAMA = dict(vocab_size='vocab_size', block_size='max_position_embeddings', n_layer='num_hidden_layers',
              n_head='num_attention_heads', n_kv_head='num_key_value_heads', head_dim='head_dim', n_embd='hidden_size',
@@ -171,6 +171,8 @@ def load_model(source, config, tok=None):
     if isinstance(source, dict) or found('ckpt.pt') or not found('config.json') and (
             os.path.exists(source) or source == config.get('out_dir')):
         checkpoint = source if isinstance(source, dict) else load_checkpoint(source)
+        if checkpoint.get('stage') == 'reward':
+            raise ValueError(f'{source}: a reward model judges, it does not speak; give it to --reward_model')
         own = Tokenizer.from_dict(checkpoint['tokenizer'])
         model = GPT(GPTConfig(**{**checkpoint['model_args'], **flags}))
         model.load_state_dict(checkpoint['model'])
@@ -185,3 +187,15 @@ def load_model(source, config, tok=None):
         raise ValueError(f'the data has another tokenizer ({tok.vocab_size} tokens) than the model ({own.vocab_size}); '
                          'save the model\'s as a tokenizer.json and prepare the data with --tokenizer=FILE')
     return model, own
+
+def load_reward_model(folder, tok):
+    """The RewardModel of a run of reward.py, in eval mode. ValueError where the folder holds something else, or the
+    model reads another tokenizer's ids than tok's."""
+    checkpoint = load_checkpoint(folder)
+    if checkpoint.get('stage') != 'reward':
+        raise ValueError(f"{folder}: a {checkpoint.get('stage')} checkpoint, not a reward model; train one by reward.py")
+    if Tokenizer.from_dict(checkpoint['tokenizer']).fingerprint != tok.fingerprint:
+        raise ValueError(f'{folder}: the reward model has another tokenizer than the policy; train both from one base')
+    model = RewardModel(GPT(GPTConfig(**checkpoint['model_args'])))
+    model.load_state_dict(checkpoint['model'])
+    return model.eval()

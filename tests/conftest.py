@@ -1,5 +1,5 @@
 """Tests import the scripts from the root of the project, and run them as a user does."""
-import atexit, contextlib, io, os, random, runpy, signal, subprocess, sys, types
+import atexit, contextlib, io, json, os, random, runpy, signal, subprocess, sys, types
 
 import pytest
 
@@ -79,3 +79,78 @@ def dataset(tmp_path_factory):
     (folder / 'story.txt').write_bytes(story().encode())
     ok(call('data/text/prepare.py', f'--input={folder / "story.txt"}', f'--out={folder}'))
     return folder
+
+
+# Post-training of a model that trains in seconds: three letters are asked for in capitals. `noise` of the demonstrators'
+# answers have a letter wrong, so that there is something to gain; `gold` tells.
+GOLD = '''
+def gold(prompt, response):
+    right = prompt.split()[-1].upper()
+    return float(response == right), sum(a == b for a, b in zip(response, right)) / max(len(right), len(response))
+'''
+
+
+def letters(n, seed, noise=0.4):
+    rng = random.Random(seed)
+    for i in range(n):
+        word = ''.join(rng.choices('abcdef', k=3))
+        prompt = f"{rng.choice(['Raise', 'Now do', 'Up'])} {word}"
+        slips = [word.upper().replace(c, 'G', 1) for c in word.upper()]
+        said = [rng.choice(slips) if rng.random() < noise else word.upper() for _ in range(2)]
+        yield prompt, word.upper(), said[0], slips[i % 3]
+
+
+@pytest.fixture(scope='session')
+def letters_data(tmp_path_factory):
+    """A folder of demonstrations, pairs and prompts, with a function gold."""
+    folder = tmp_path_factory.mktemp('letters')
+    (folder / 'prepare.py').write_text(GOLD)
+    for split, n, seed in (('train', 2000, 1), ('val', 60, 2)):
+        rows = list(letters(n, seed))
+        made = {'sft': [{'prompt': p, 'response': said if split == 'train' else right, 'op': p.split()[0]}
+                        for p, right, said, _ in rows],
+                'pref': [{'prompt': p, 'chosen': right, 'rejected': wrong, 'margin': 0.5, 'op': p.split()[0], 'clean': True}
+                         for p, right, _, wrong in rows],
+                'prompts': [{'prompt': p, 'response': right} for p, right, _, _ in rows]}
+        for kind, records in made.items():
+            with open(folder / f'{kind}_{split}.jsonl', 'w', encoding='utf-8') as f:
+                f.writelines(json.dumps(r) + '\n' for r in records)
+    return folder
+
+
+CPU = dict(device='cpu', dtype='float32', compile=False)
+
+
+@pytest.fixture(scope='session')
+def small_base(tmp_path_factory):
+    """The run folder of an untrained model of bytes, with the default architecture."""
+    import torch
+    from bpe import Tokenizer
+    from configurator import save_checkpoint
+    from model import GPT, GPTConfig
+    folder, tok = tmp_path_factory.mktemp('base'), Tokenizer.byte()
+    config = dict(block_size=32, vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_embd=48, mlp='relu2', qk_norm=True)
+    torch.manual_seed(0)
+    save_checkpoint(str(folder), {'stage': 'train', 'step': 0, 'model': GPT(GPTConfig(**config)).state_dict(),
+                                  'model_args': config, 'optimizer': [], 'config': {}, 'tokenizer': tok.to_dict()})
+    return folder
+
+
+@pytest.fixture(scope='session')
+def small_sft(letters_data, small_base, tmp_path_factory):
+    """The run folder of a model that was taught the letters, as its demonstrators do them."""
+    folder = tmp_path_factory.mktemp('sft')
+    made = call('sft.py', *flags(CPU, dataset=letters_data, init_from=small_base, out_dir=folder, max_iters=150, batch_size=32,
+                                 gradient_accumulation_steps=1, eval_interval=75, eval_prompts=20, test_draws=4,
+                                 max_new_tokens=8))
+    return types.SimpleNamespace(folder=folder, stdout=ok(made))
+
+
+@pytest.fixture(scope='session')
+def small_reward(letters_data, small_sft, tmp_path_factory):
+    """The run folder of a reward model of the letters, an encoder."""
+    folder = tmp_path_factory.mktemp('reward')
+    made = call('reward.py', *flags(CPU, dataset=letters_data, init_from=small_sft.folder, out_dir=folder, max_iters=150,
+                                    batch_size=32, gradient_accumulation_steps=1, eval_interval=75, muon_lr=0.02,
+                                    learning_rate=3e-3, max_new_tokens=8))
+    return types.SimpleNamespace(folder=folder, stdout=ok(made))

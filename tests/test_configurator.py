@@ -13,7 +13,7 @@ import torch
 import train
 from assets.draw import compare, draw
 from configurator import (Logger, StopSignal, configure, learning_rate_at, load_checkpoint,
-                          one_line_errors, peak_memory_mb, read_log, read_settings, resume_settings, rng,
+                          one_line_errors, peak_memory_mb, read_log, read_settings, resume, rng,
                           save_checkpoint, seed_for, start_run)
 from conftest import call, finish, ok, one_line, start
 
@@ -234,15 +234,20 @@ def test_a_nanogpt_config_file_and_command_line_apply_to_train_unchanged(setting
     assert config['wandb_run_name'].startswith('mini-gpt-')
 
 
-def test_a_run_goes_on_with_its_own_settings_but_for_those_given_which_are_said(settings_of, capsys):
-    saved = dict(out_dir='old', seed=1, n_layer=8, learning_rate=0.1, bias=True, stages=(1,), max_iters=7, gone=1)
+def test_a_run_goes_on_with_its_own_settings_but_for_those_given_which_are_said(settings_of, capsys, tmp_path):
+    saved = dict(out_dir='old', init_from='out/sft', seed=1, n_layer=8, learning_rate=0.1, bias=True, stages=(1,),
+                 max_iters=7, gone=1)
+    save_checkpoint(str(tmp_path), {'model': {}, 'model_args': {}, 'step': 3, 'config': saved})
     config = settings_of('a.py', '--seed=5', '--n_layer=8', a='max_iters = 100')  # the file gives the default
-    assert resume_settings(config, saved, {'n_layer'}) == dict(
-        out_dir='out/a', seed=5, n_layer=8, learning_rate=0.1, bias=True, stages=(1,), compile='auto', max_iters=100,
-        warmup_iters=10)
+    assert resume(dict(config, init_from='scratch', out_dir=str(tmp_path)), {'n_layer'}) == {}
+    config |= dict(init_from='resume', out_dir=str(tmp_path))
+    assert resume(config, {'n_layer'})['step'] == 3
+    assert config == dict(
+        out_dir=str(tmp_path), init_from='out/sft', seed=5, n_layer=8, learning_rate=0.1, bias=True, stages=(1,),
+        compile='auto', max_iters=100, warmup_iters=10)
     assert capsys.readouterr().out == 'seed: 1 -> 5\nmax_iters: 7 -> 100\n'
     with pytest.raises(ValueError, match=r'n_layer=9: the run to resume has 8'):
-        resume_settings(settings_of('--n_layer=9'), saved, {'n_layer'})
+        resume(settings_of('--n_layer=9') | dict(init_from='resume', out_dir=str(tmp_path)), {'n_layer'})
 
 
 # -----------------------------------------------------------------------------

@@ -1,0 +1,9 @@
+"""
+The chain, 1 of 4: a small language model of bytes, learned from the plays, on which the next three stages stand.
+
+    python train.py config/wordplay/base.py
+"""
+out_dir = 'out/bytes'
+tokenizer = 'byte'
+max_iters = 300
+eval_interval = 150

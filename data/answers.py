@@ -1,0 +1,76 @@
+"""
+Answers to prompts, in batches of any lengths, and the measures of them: how near they are to gold ones, how well
+scores tell right from wrong. Each has one right value, so they stand here, for all scripts.
+"""
+from collections import Counter
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+def pad_left(rows, device='cpu'):
+    """Lists of ids as one tensor (B, T), -1 on the left of the shorter ones, as GPT.generate takes them."""
+    rows = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(rows, batch_first=True, padding_value=-1, padding_side='left').to(device)
+
+def answer(model, tok, prompts, max_new_tokens, batch_size=250, **how):
+    """The model's answers to prompts, lists of ids as render_chat makes them: [(text, whether it ended by itself)].
+    `how`: temperature, top_k, top_p, generator, as GPT.generate takes them. A prompt that leaves no room for
+    max_new_tokens in the context is cut on the left, to no less than half of the context."""
+    end, answers, size = tok.special['<|end|>'], [], model.config.block_size
+    most = max(size - max_new_tokens, (size + 1) // 2)
+    for i in range(0, len(prompts), batch_size):
+        idx = pad_left([ids[-most:] for ids in prompts[i:i + batch_size]], model.wte.weight.device)
+        for ids in model.generate(idx, max_new_tokens, stop=[end], **how)[:, idx.size(1):].tolist():
+            said = [token for token in ids if token not in (-1, end)]
+            answers.append((tok.decode(said), end in ids))
+    return answers
+
+def token_f1(said, gold):
+    """Harmonic mean of precision and recall of the words that two texts share (SQuAD, arXiv 1606.05250)."""
+    a, b = said.split(), gold.split()
+    common = sum((Counter(a) & Counter(b)).values())
+    return 2 * common / (len(a) + len(b)) if a or b else 1.0
+
+def rouge_l(said, gold):
+    """The same of their longest common subsequence of words (Lin 2004)."""
+    a, b = said.split(), gold.split()
+    row = [0] * (len(b) + 1)
+    for x in a:
+        diagonal = 0
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
+    return 2 * row[-1] / (len(a) + len(b)) if a or b else 1.0
+
+def auc(right, wrong):
+    """The probability that a right answer has a higher score than a wrong one, of all such pairs; ties are halves."""
+    both = torch.cat((right, wrong)).double()
+    _, inverse, counts = both.unique(return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1) / 2)[inverse]            # 1 = the lowest; equal ones share their mean
+    return ((ranks[:len(right)].sum() - len(right) * (len(right) + 1) / 2) / (len(right) * len(wrong))).item()
+
+def calibration_error(d, labels, bins=10):
+    """How far sigmoid(d), the probability of a choice, is from the share of such choices that were made (labels, 0
+    or 1): the mean distance over bins of equally many pairs (arXiv 1706.04599)."""
+    p, order = torch.sigmoid(d), d.argsort()
+    parts = zip(p[order].chunk(bins), labels[order].float().chunk(bins))
+    return (sum(len(a) * (a.mean() - b.mean()).abs() for a, b in parts) / len(d)).item()
+
+def pair_figures(chosen, rejected, rows, gold=None):
+    """What scores (N,) of the two answers of N pairs, whose records are rows, are worth. "accuracy" is against the
+    labels, of which at most "noise_ceiling" are right; the others against the labels before some were flipped, where
+    the data says which ("clean"). "auc" is of right answers against wrong ones, and "one_right" of pairs with a right
+    answer, where there is a function gold to tell them; else of chosen against rejected. "length_only" is a judge
+    who knows nothing but which answer is longer."""
+    accuracy = lambda d: ((d > 0).float().mean() + (d == 0).float().mean() / 2).item()
+    flipped = torch.tensor([not row.get('clean', True) for row in rows])
+    longer = torch.tensor([float(len(row['chosen']) - len(row['rejected'])) for row in rows])
+    exact = torch.tensor([[gold(row['prompt'], row[key])[0] if gold else float(key == 'chosen') for row in rows]
+                          for key in ('chosen', 'rejected')]) > 0
+    d, first = chosen - rejected, torch.arange(len(rows)) % 2 == 0    # every other pair is asked the other way round
+    truth, scores = torch.where(flipped, -d, d), torch.stack((chosen, rejected))
+    figures = {'accuracy': accuracy(d), 'accuracy_clean': accuracy(truth), 'noise_ceiling': 1 - flipped.float().mean().item(),
+               'accuracy_one_right': accuracy(truth[exact.any(0)]), 'auc': auc(scores[exact], scores[~exact]),
+               'calibration_error': calibration_error(torch.where(first, d, -d), first), 'score_std': scores.std().item(),
+               'accuracy_length_only': max(accuracy(sign * torch.where(flipped, -longer, longer)) for sign in (1, -1))}
+    for op in sorted({row['op'] for row in rows if 'op' in row}):
+        figures[f'margin/{op}'] = truth[[row['op'] == op for row in rows]].mean().item()
+    return figures

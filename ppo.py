@@ -1,0 +1,412 @@
+"""
+PPO: the policy answers prompts, a reward model scores the answers, and the policy moves towards what scored well without
+going far from where it started (arXiv 1707.06347, 1909.08593, 2203.02155).
+
+    python ppo.py                                       wordplay, from the models of sft.py and reward.py
+    python ppo.py --reward=gold                         the true measure in place of the reward model, to debug
+    python ppo.py --adv=rloo                            no critic: each answer against others to the same prompt
+    python ppo.py --init_from=resume                    go on after a stop
+    torchrun --standalone --nproc_per_node=8 ppo.py
+
+An iteration is: prompts -> answers -> scores -> advantages -> a few epochs of clipped updates. It departs from the papers
+in this: log-probabilities of the answers are computed anew with the training forward pass, since those of the cache
+differ in the last bits; and GRPO's KL penalty is part of the reward, as in the other two, not of the loss.
+"""
+import copy, math, os, time
+from dataclasses import asdict
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn import functional as F
+from bpe import SPECIAL, Tokenizer, printable, render_chat
+from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, parallel,
+                          peak_memory_mb, resume, rng, save_checkpoint, seed_for, start_run)
+from data.answers import answer, pad_left
+from data.dataset import HERE, endless_order, load_examples, load_gold, read_jsonl
+from data.pretrained import load_model, load_reward_model
+from model import ScalarHead
+
+# -----------------------------------------------------------------------------
+# where and when
+out_dir = 'out/ppo'                # folder of the run: checkpoints, log, curves
+init_from = 'out/sft'              # 'scratch' | 'resume' | a run's folder | a Hugging Face folder or name
+reward_model = 'out/reward'        # folder of a run of reward.py
+seed = 1337                        # every random choice is a function of (seed, step)
+eval_interval = 10                 # iterations between evaluations, each with a few answers and a checkpoint
+eval_prompts = 200                 # held-out prompts answered at each of them
+log_interval = 1                   # iterations between lines of the log
+tensorboard_log = False            # log to out_dir/tensorboard
+wandb_log = False                  # log to Weights & Biases, as project nanollm, by the name of the folder
+# data
+dataset = 'wordplay'               # a folder of data/ with prompts_train.jsonl and prompts_val.jsonl, or the full path
+test_split = 'prompts_test'        # the final figures are of this file, or where it is not there of prompts_val
+test_prompts = 1000                # this many of its prompts are answered
+test_draws = 10                    # sampled answers to each
+# rollout
+batch_size = 256                   # answers an iteration, over all ranks together
+minibatch_size = 64                # answers an update, over all ranks together
+max_new_tokens = 32                # of an answer
+temperature = 1.0                  # of sampling, and of policy, old policy and reference wherever they are compared
+use_cache = True                   # False = rollouts without the KV cache, to see what it saves
+# reward
+reward = 'model'                   # 'model' | 'gold' (the data set's own measure, exact or not)
+missing_end_score = -3.0           # replaces the score of an answer that did not end by itself
+length_penalty = 0.0               # taken from the score for each token of the answer
+score_clip = 0.0                   # largest score either way; 0 = no clipping
+kl_control = 'fixed'               # 'fixed' | 'adaptive' (arXiv 1909.08593, section 2.2) | 'none'
+kl_coef = 0.05                     # weight of the KL penalty, at the start where it is adaptive
+kl_target = 0.4                    # nats an answer, which the adaptive weight steers to
+kl_horizon = 5000                  # answers in which it may double or halve
+whiten_rewards = False             # rewards of variance 1 over the batch, their mean kept
+# advantages and losses
+adv = 'gae'                        # 'gae' (a critic; arXiv 1506.02438) | 'rloo' (2402.14740) | 'grpo' (2402.03300)
+group_size = 4                     # answers to each prompt, for rloo and grpo
+gamma = 1.0
+lam = 0.95
+clip_range = 0.2                   # of the policy's ratio
+value_clip = 0.2                   # of the value's change
+value_coef = 0.1                   # weight of the value loss
+separate_critic = False            # True = the value has a trunk of its own, False = it reads the policy's
+ppo_epochs = 2                     # passes over an iteration's answers
+kl_stop = 0.1                      # end an iteration's updates where the policy has moved this far; 0 = never
+# optimizer and schedule
+learning_rate = 3e-4
+critic_lr = 1e-3                   # of a separate critic, and of the value head
+max_iters = 60                     # iterations
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0                    # largest gradient norm; 0 = no clipping
+lr_schedule = 'linear'             # 'cosine' | 'linear' | 'wsd' (warm-up, stable, decay) | 'constant'
+warmup_iters = 0
+min_lr = 0.0
+attn = 'auto'                      # 'auto' | 'sdpa' | 'manual'
+moe_aux_weight = 0.01              # weight of the load-balancing loss, where the model has experts
+# machine
+backend = 'nccl'                   # of torch.distributed on GPUs; on CPUs it is gloo
+device = 'auto'                    # 'auto' | 'cpu' | 'cuda' | 'cuda:1' | 'mps'
+dtype = 'auto'                     # 'auto' | 'float32' | 'bfloat16' | 'float16'
+compile = 'auto'                   # 'auto' | True | False: torch.compile
+# -----------------------------------------------------------------------------
+
+class Policy(nn.Module):
+    """A language model and a value for every token, from the same hidden states or from a critic's own."""
+    def __init__(self, gpt, separate_critic):
+        super().__init__()
+        self.gpt, self.value_head = gpt, ScalarHead(gpt.config.n_embd)  # starts at zero everywhere
+        self.critic = copy.deepcopy(gpt) if separate_critic else None
+        if separate_critic:
+            self.critic.lm_head.requires_grad_(gpt.config.tie_weights)
+
+    def forward(self, idx):
+        """idx (B, T), -1 = padding on the right -> logits (B, T, V) of the next token, values (B, T) of what was read."""
+        h = self.gpt.hidden(idx.clamp(min=0))  # a causal model's real tokens see no padding that stands on the right
+        values = self.value_head(h if self.critic is None else self.critic.hidden(idx.clamp(min=0)))
+        return self.gpt.lm_head(h).float() / temperature, values.float()
+
+# ----- The parts of the objective. Tensors are (B, T): a row an answer with its prompt, a column a predicted token;
+# mask is 1 where the token was the policy's own, its end included, 0 on the prompt and on whatever follows the end.
+
+def masked_mean(x, mask):
+    return (x * mask).sum() / mask.sum()
+
+def whiten(x, mask, keep_mean=False):
+    """x with mean 0 (or its own) and variance 1 over what mask holds, on all ranks together."""
+    sums = torch.stack((mask.sum(), (x * mask).sum(), (x.square() * mask).sum())).double()
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    mean, variance = sums[1] / sums[0], sums[2] / sums[0] - (sums[1] / sums[0]) ** 2
+    return (((x - mean) / (variance + 1e-8).sqrt() + (mean if keep_mean else 0)) * mask).float()
+
+def compute_gae(rewards, values, mask, gamma, lam):
+    """Generalised advantage estimation (arXiv 1506.02438, equation 16): advantage_t = sum over l >= 0 of
+    (gamma lam)^l delta_{t+l}, with delta_t = reward_t + gamma value_{t+1} - value_t, and 0 for the value after the
+    last token of a row's mask. Returns (advantages, returns), both 0 outside the mask; returns = advantages + values."""
+    advantages, running = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.size(1))):
+        after = values[:, t + 1] * mask[:, t + 1] if t + 1 < rewards.size(1) else 0.0
+        running = (rewards[:, t] + gamma * after - values[:, t] + gamma * lam * running) * mask[:, t]
+        advantages[:, t] = running
+    return advantages, (advantages + values) * mask
+
+def group_advantages(returns, group_size, kind):
+    """Advantages (B,) of whole answers with returns (B,), each against the others to the same prompt, which stand side
+    by side: 'rloo' minus the mean of the others; 'grpo' minus the mean of all, over their standard deviation."""
+    groups = returns.view(-1, group_size)
+    if kind == 'rloo':
+        others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
+        return (groups - others).flatten()
+    return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten()
+
+def policy_loss(logp, old_logp, advantages, mask, clip_range):
+    """The clipped objective of arXiv 1707.06347, equation 7, to be minimised: a token whose ratio to the old policy has
+    left [1 - clip, 1 + clip] in the direction that its advantage wants adds no gradient."""
+    ratio = (logp - old_logp).exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return masked_mean(-torch.min(ratio * advantages, clipped * advantages), mask)
+
+def value_loss(values, old_values, returns, mask, value_clip):
+    """Half the squared error, of the value or of what of its change is left after clipping, whichever is larger."""
+    near = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    return masked_mean(0.5 * torch.max((values - returns).square(), (near - returns).square()), mask)
+
+def pack(idx, mask):
+    """Rows that are padded on both sides (-1) with their padding on the right, no longer than the longest."""
+    order = (idx < 0).long().argsort(dim=1, stable=True)[:, :(idx >= 0).sum(1).max()]
+    return idx.gather(1, order), mask.gather(1, order)
+
+def rollout(gpt, prompts, end, generator, device):
+    """Sample an answer to each prompt (lists of ids), from the plain softmax at `temperature`. Returns idx (B, T), prompt
+    and answer, padded on the right with -1; mask (B, T), 1 on the answer and its end; ended (B,)."""
+    idx = pad_left(prompts, device)
+    out = gpt.generate(idx, max_new_tokens, temperature, stop=[end], use_cache=use_cache, generator=generator)
+    said = (out >= 0) & (torch.arange(out.size(1), device=device) >= idx.size(1))
+    return *pack(out, said.long()), (said & (out == end)).any(1)
+
+@torch.no_grad()
+def measure(policy, reference, idx, mask, batch):
+    """What the policy and the reference say of answers, `batch` rows at a time. All (B, T - 1), 0 where mask is 0:
+    log-probabilities of the tokens by both, values, the entropy, and the exact KL over the vocabulary, nats a token."""
+    parts = []
+    for rows, seen in zip(idx.split(batch), mask[:, 1:].split(batch)):
+        logits, values = policy(rows)
+        logp, ref = logits[:, :-1].log_softmax(-1), (reference(rows.clamp(min=0))[0].float() / temperature)[:, :-1].log_softmax(-1)
+        taken = rows[:, 1:].clamp(min=0)[..., None]
+        entropy, kl = -(logp.exp() * logp).sum(-1), (logp.exp() * (logp - ref)).sum(-1)
+        found = (logp.gather(-1, taken)[..., 0], ref.gather(-1, taken)[..., 0], values[:, :-1], entropy, kl)
+        parts.append([x * seen for x in found])
+    return [torch.cat(x) for x in zip(*parts)]
+
+def shape(score, ended, length):
+    """The score (B,) as it is rewarded: clipped, less a penalty for length; missing_end_score where the end is missing."""
+    score = score.clamp(-score_clip, score_clip) if score_clip else score
+    return torch.where(ended, score - length_penalty * length, missing_end_score)
+
+def judge(texts, rows, idx, judge_model):
+    """Scores (B,) of answers: by the reward model, and by gold (exact; nan without a gold function)."""
+    gold = torch.tensor([gold_of(row['prompt'], text)[0] if gold_of else math.nan for row, text in zip(rows, texts)])
+    if judge_model is None:
+        return gold, gold
+    with torch.no_grad():
+        return torch.cat([judge_model(part) for part in idx.split(128)]).float().cpu(), gold
+
+def evaluate(policy, tok, rows, draws, run, generator):
+    """Figures of the greedy answers to rows beside their gold responses, and of `draws` samples each; the samples as
+    [(text, ended)], a pass over the rows after the other; and the greedy answers."""
+    right = [row.get('response') for row in rows]
+    prompts = [render_chat([{'role': 'user', 'content': row['prompt']}], tok)[0] for row in rows]
+    with run.autocast:
+        greedy = [text for text, _ in answer(policy.gpt, tok, prompts, max_new_tokens, temperature=0)]
+        sampled = answer(policy.gpt, tok, prompts * draws, max_new_tokens, temperature=temperature, generator=generator)
+    share = lambda values: sum(values) / len(values)
+    return {'exact_match': share([a == b for a, b in zip(greedy, right)]),
+            'exact_match_sampled': share([a == b for (a, _), b in zip(sampled, right * draws)]),
+            'ended': share([ended for _, ended in sampled])}, sampled, greedy
+
+if __name__ == "__main__":
+    config = configure(globals())
+
+    # 1. policy, reference, judge, prompts, machine
+    checkpoint = resume(config, {'dataset', 'separate_critic', 'adv'})
+    globals().update(config)
+    at_least_one(config, 'eval_interval', 'log_interval', 'batch_size', 'minibatch_size', 'eval_prompts', 'test_prompts',
+                 'test_draws', 'max_new_tokens', 'ppo_epochs')
+    for name, allowed in (('reward', ('model', 'gold')), ('kl_control', ('fixed', 'adaptive', 'none')),
+                          ('adv', ('gae', 'rloo', 'grpo'))):
+        if config[name] not in allowed:
+            raise ValueError(f'{name} must be one of {", ".join(allowed)}; got {config[name]!r}')
+    group = 1 if adv == 'gae' else group_size
+    if batch_size % minibatch_size or batch_size % group or adv != 'gae' and group_size < 2:
+        raise ValueError(f'batch_size {batch_size} must be a multiple of minibatch_size {minibatch_size} and of group_size '
+                         f'{group}, which is at least 2 for {adv}')
+    if temperature <= 0:
+        raise ValueError(f'temperature must be above 0, for answers are sampled; got {temperature}')
+    train_rows, val_rows = (load_examples(dataset, f'prompts_{split}', 'prompt') for split in ('train', 'val'))
+    byte = Tokenizer.byte() if init_from == 'scratch' else None
+    reference, tok = load_model(init_from, dict(config, dropout=0.0), byte)
+    tok.add_special(SPECIAL)
+    reference.resize_vocab(tok.vocab_size)
+    judge_model = load_reward_model(reward_model, tok) if reward == 'model' else None
+    gold_of, end = load_gold(dataset), tok.special['<|end|>']
+    if reward == 'gold' and gold_of is None:
+        raise ValueError(f"reward='gold': data/{dataset}/prepare.py has no function gold; take reward='model'")
+    policy = Policy(copy.deepcopy(reference), separate_critic)
+    if checkpoint:
+        policy.load_state_dict(checkpoint['policy'])
+    first, kl_coef = checkpoint.get('step', 0), checkpoint.get('kl_coef', kl_coef if kl_control != 'none' else 0.0)
+    work = 8 * batch_size * (64 + max_new_tokens) * (max_iters - first)  # forward and backward passes over tokens
+    run = start_run(config, flops=reference.flops_per_token(64) * work)
+    for module in (reference, policy, judge_model):
+        module is not None and module.to(run.device).eval()
+    slow = [*policy.gpt.parameters()]
+    fast = [p for n, p in policy.named_parameters() if not n.startswith('gpt.') and p.requires_grad]
+    optimizer = torch.optim.AdamW([{'params': slow, 'scale': 1.0}, {'params': fast, 'scale': critic_lr / (learning_rate or 1)}],
+                                  lr=learning_rate, betas=(beta1, beta2), eps=1e-5, weight_decay=0.0)
+    if checkpoint:
+        optimizer.load_state_dict({'state': checkpoint['optimizer'][0]['state'],
+                                   'param_groups': optimizer.state_dict()['param_groups']})
+    if minibatch_size % run.world or batch_size // group % run.world:
+        raise ValueError(f'minibatch_size {minibatch_size} and the {batch_size // group} prompts of a batch cannot be shared '
+                         f'by {run.world} ranks; make them multiples of {run.world}')
+    trained = parallel(policy, run, run.world)
+    logger = Logger(out_dir, config, first, run.master)
+    stop, share = StopSignal(), batch_size // run.world
+    prompts = [render_chat([{'role': 'user', 'content': row['prompt']}], tok)[0] for row in train_rows]
+    prompts = [ids[-max(1, policy.gpt.config.block_size - max_new_tokens):] for ids in prompts]
+    before = evaluate(policy, tok, val_rows[:8], 1, run, None)[2] if run.master else []
+
+    def snapshot(step):
+        return {'stage': 'ppo', 'step': step, 'model': policy.gpt.state_dict(), 'model_args': asdict(policy.gpt.config),
+                'policy': policy.state_dict(), 'optimizer': [optimizer.state_dict()], 'config': config,
+                'tokenizer': tok.to_dict(), 'kl_coef': kl_coef}
+
+    began = last_time = time.time()
+    rollout_seconds = train_seconds = 0.0
+    saved = first
+    for step in range(first, max(first, max_iters) + 1):
+        # 2. learning rate
+        lr = learning_rate_at(step, config)
+        for g in optimizer.param_groups:
+            g['lr'] = lr * g['scale']
+
+        # 3. save, evaluate, show the same few answers
+        stopping = stop.by_any_rank(run)
+        done = stopping or step >= max_iters
+        if stopping or step > first and (done or step % eval_interval == 0):
+            saved = step
+            if run.master:
+                save_checkpoint(out_dir, snapshot(step), final=done)
+        if stopping:
+            break
+        if run.master and (done or step % eval_interval == 0):
+            figures, _, greedy = evaluate(policy, tok, val_rows[:eval_prompts], 2, run, rng(seed, step, device=run.device))
+            logger.log(step, {f'eval/{name}': value for name, value in figures.items()})
+            for row, was, now in zip(val_rows, before, greedy):
+                print(printable(f"    {row['prompt']} -> {was} -> {now}   (gold: {row.get('response', '?')})"), flush=True)
+        if done:
+            break
+
+        # 4. sample: the answers of this rank to its prompts, those of a group side by side
+        start = time.time()
+        torch.manual_seed(seed_for(seed, step, run.rank))
+        asked = endless_order(len(prompts), step * batch_size // group, batch_size // group, seed)
+        asked = [i for i in asked for _ in range(group)][run.rank * share:(run.rank + 1) * share]
+        with run.autocast:
+            idx, mask, ended = rollout(policy.gpt, [prompts[i] for i in asked], end,
+                                       rng(seed, step, run.rank, device=run.device), run.device)
+        rollout_time = time.time() - start
+
+        # 5. score: one number an answer, on its last token; on every token the KL penalty to the reference
+        with run.autocast:
+            texts = [tok.decode([t for t in ids[seen].tolist() if t != end]) for ids, seen in zip(idx, mask > 0)]
+            score, gold = (x.to(run.device) for x in judge(texts, [train_rows[i] for i in asked], idx, judge_model))
+            old_logp, ref_logp, values, entropy, exact_kl = measure(trained, reference, idx, mask, minibatch_size)
+        mask = mask[:, 1:].float()                                    # from here on a column is a predicted token
+        length = mask.sum(1)
+        shaped = shape(score, ended, length)
+        log_ratio = old_logp - ref_logp
+        penalty = -kl_coef * log_ratio
+        last = (mask.cumsum(1) == length[:, None]) & (mask > 0)       # the token that the score stands on
+        rewards = (penalty + last * shaped[:, None]) * mask
+        rewards = whiten(rewards, mask, keep_mean=True) if whiten_rewards else rewards
+
+        # 6. advantages
+        if adv == 'gae':
+            advantages, returns = compute_gae(rewards, values, mask, gamma, lam)
+            advantages = whiten(advantages, mask)
+        else:
+            advantages = group_advantages(rewards.sum(1), group_size, adv)[:, None] * mask
+            returns = values
+
+        # 7. update: a few epochs of clipped steps over reshuffled minibatches
+        seen = []
+        for epoch in range(ppo_epochs):
+            order = torch.randperm(share, generator=rng(seed, step, epoch)).to(run.device)
+            for rows in order.split(minibatch_size // run.world):
+                if kl_stop and seen and seen[-1][0] > kl_stop:  # the same on all ranks
+                    continue
+                T = int((idx[rows] >= 0).sum(1).max())
+                a, m = (x[rows, :T - 1] for x in (advantages, mask))
+                with run.autocast:
+                    logits, new_values = trained(idx[rows, :T])
+                    logp = logits[:, :-1].log_softmax(-1).gather(-1, idx[rows, 1:T].clamp(min=0)[..., None])[..., 0]
+                    pg_loss = policy_loss(logp, old_logp[rows, :T - 1], a, m, clip_range)
+                    vf_loss = value_loss(new_values[:, :-1], values[rows, :T - 1], returns[rows, :T - 1], m, value_clip)
+                    total = pg_loss + moe_aux_weight * policy.gpt.aux_loss() + value_coef * (adv == 'gae') * vf_loss
+                run.scaler.scale(total).backward()
+                run.scaler.unscale_(optimizer)
+                grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip or math.inf)
+                if not torch.isfinite(total if run.scaler.is_enabled() else grad_norm):
+                    raise diverged(step, out_dir, saved, loss=total, grad_norm=grad_norm)
+                run.scaler.step(optimizer)
+                optimizer.zero_grad(set_to_none=True)
+                run.scaler.update()
+                with torch.no_grad():
+                    moved = logp - old_logp[rows, :T - 1]
+                    ratio = moved.exp()
+                    v_moved = (new_values[:, :-1] - values[rows, :T - 1]).abs()
+                    seen.append(torch.stack([masked_mean(x.detach(), m) for x in (
+                        moved.square() / 2, ratio, ((ratio - 1).abs() > clip_range).float(),
+                        (v_moved > value_clip).float())] + [pg_loss.detach(), vf_loss.detach(), grad_norm]))
+                    if run.world > 1:
+                        dist.all_reduce(seen[-1])
+                        seen[-1] /= run.world
+
+        # 8. KL control: the weight follows the distance, an answer's nats, slowly (arXiv 1909.08593, equation 8)
+        n = len(idx)
+        spread = returns[mask > 0].var()
+        numbers = torch.stack([log_ratio.sum() / n, ((-log_ratio).exp() - 1 + log_ratio)[mask > 0].sum() / n,
+                               exact_kl.sum() / n, masked_mean(entropy, mask), score.mean(), gold.mean(), shaped.mean(),
+                               penalty.sum() / n, length.mean(), ended.float().mean(),
+                               1 - (returns - values)[mask > 0].var() / spread if spread > 0 else spread])
+        if run.world > 1:
+            dist.all_reduce(numbers)
+            numbers /= run.world
+        used, kl = kl_coef, numbers[2].item()
+        if kl_control == 'adaptive':
+            kl_coef *= 1 + min(0.2, max(-0.2, kl / kl_target - 1)) * batch_size / kl_horizon
+
+        # 9. log
+        now = time.time()
+        train_seconds, rollout_seconds = train_seconds + now - last_time, rollout_seconds + rollout_time
+        if step % log_interval == 0:
+            names = ('objective/kl', 'objective/kl_k3', 'objective/kl_exact', 'objective/entropy', 'objective/score',
+                     'objective/gold', 'objective/shaped_score', 'objective/non_score_reward', 'response_length', 'ended',
+                     'val/explained_variance')
+            record = dict(zip(names, numbers.tolist()))
+            record['objective/rlhf_reward'] = record['objective/shaped_score'] + record['objective/non_score_reward']
+            record['objective/kl_coef'] = used
+            record |= dict(zip(('policy/approxkl', 'val/ratio', 'policy/clipfrac', 'val/clipfrac', 'loss/policy',
+                                'loss/value', 'grad_norm'), torch.stack(seen).mean(0).tolist()))
+            record |= {'val/first_ratio': seen[0][1], 'lr': lr, 'updates': len(seen),
+                       'rollout_share': rollout_time / (now - last_time),
+                       'episodes_per_second': batch_size / (now - last_time)}
+            logger.log(step, record)
+        last_time = now
+
+    # 10. the end: held-out prompts that nobody looked at, before and after
+    stop.leave(run, stopping, step, out_dir)
+    if run.master:
+        seconds, path = time.time() - began, os.path.join(HERE, dataset, f'{test_split}.jsonl')
+        rows = (read_jsonl(path, 'prompt') if os.path.exists(path) else val_rows)[:test_prompts]
+        start, after = (evaluate(model, tok, rows, test_draws, run, rng(seed, max_iters, device=run.device))
+                        for model in (Policy(reference, False).to(run.device).eval(), policy))
+        idx, mask, ended = rollout(policy.gpt, [render_chat([{'role': 'user', 'content': row['prompt']}], tok)[0]
+                                                for row in rows], end, rng(seed, device=run.device), run.device)
+        texts = [tok.decode([t for t in ids[seen].tolist() if t != end]) for ids, seen in zip(idx, mask > 0)]
+        score, gold = judge(texts, rows, idx, judge_model)
+        kl = measure(policy, reference, idx, mask, minibatch_size)[4].sum(1).mean().item()
+        p, q = (min(max(f['exact_match_sampled'], 1e-6), 1 - 1e-6) for f, *_ in (start, after))
+        figures = {**after[0], 'score': score.mean().item(), 'gold': gold.mean().item(), 'kl': kl,
+                   'kl_minimum': q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p)),
+                   **{f'{name}_before': value for name, value in start[0].items()}}
+        if judge_model is not None and test_draws >= 4:  # the same reward model without PPO: the best of four samples
+            four = [[start[1][draw * len(rows) + i][0] for draw in range(4)] for i in range(len(rows))]
+            said = [render_chat([{'role': 'user', 'content': row['prompt']}, {'role': 'assistant', 'content': text}], tok)[0]
+                    for row, texts in zip(rows, four) for text in texts]
+            best = judge([''] * len(said), [row for row in rows for _ in range(4)], pad_left(said, run.device),
+                         judge_model)[0].view(-1, 4).argmax(1)
+            figures['best_of_4'] = sum(texts[i] == row.get('response') for row, texts, i in zip(rows, four, best)) / len(rows)
+        print(*(f'    {name:28} {value:8.4f}' for name, value in figures.items()), sep='\n')
+        logger.final({**figures, 'episodes_per_second': (step - first) * batch_size / max(train_seconds, 1e-9),
+                      'rollout_share': rollout_seconds / max(train_seconds, 1e-9), 'seconds': seconds,
+                      'peak_memory_mb': peak_memory_mb(run.type), 'steps': step, 'parameters': policy.gpt.n_params()})

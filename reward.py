@@ -1,0 +1,293 @@
+"""
+A reward model: it learns from pairs of answers, of which people preferred one, to score any answer (arXiv 1909.08593,
+2203.02155). Or, with --loss=dpo, the policy learns from the same pairs without one (arXiv 2305.18290).
+
+    python reward.py                                    wordplay, on the model of sft.py
+    python reward.py --causal=True --loss=bt_margin     a decoder, read at the last token; another loss
+    python reward.py --check=True                       then: sanity checks of data, loss and model, a verdict a line
+    python reward.py --loss=dpo --causal=True --learning_rate=1e-4 --muon_lr=1e-3 --out_dir=out/dpo
+    torchrun --standalone --nproc_per_node=8 reward.py
+
+The trunk starts from the SFT model. causal=False makes it an encoder, in which every token sees all others, read by the
+mean of its tokens. The better answer should score higher; by how much, says the loss.
+"""
+import copy, math, sys, time
+from dataclasses import asdict
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from bpe import SPECIAL, Tokenizer, render_chat
+from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, load_checkpoint,
+                          parallel, peak_memory_mb, resume, rng, save_checkpoint, seed_for, start_run)
+from data.answers import pad_left, pair_figures
+from data.dataset import endless_order, load_examples, load_gold
+from data.pretrained import load_model
+from model import RewardModel
+
+# -----------------------------------------------------------------------------
+# where and when
+out_dir = 'out/reward'             # folder of the run: checkpoints, log, curves
+init_from = 'out/sft'              # 'scratch' | 'resume' | a run's folder | a Hugging Face folder or name
+seed = 1337                        # every random choice is a function of (seed, step)
+eval_interval = 100                # steps between evaluations, each with a checkpoint
+log_interval = 10                  # steps between lines of the log
+check = False                      # check the model in out_dir, its loss and its data, instead of training one
+tensorboard_log = False            # log to out_dir/tensorboard
+wandb_log = False                  # log to Weights & Biases, as project nanollm, by the name of the folder
+# data
+dataset = 'wordplay'               # a folder of data/ with pref_train.jsonl and pref_val.jsonl, or the full path of one
+max_pairs = 0                      # train on the first so many pairs; 0 = all
+shuffle_labels = False             # toss a coin for every label: what is learned then is a bug
+gradient_accumulation_steps = 2    # micro-batches a step, over all ranks together
+batch_size = 32                    # pairs in a micro-batch
+# model and loss
+causal = False                     # False = an encoder; True = a decoder, read at the last token
+loss = 'bt'                        # 'bt' (Bradley-Terry) | 'margin' (ranking) | 'bt_margin' | 'dpo' (trains the policy)
+margin = 1.0                       # distance that 'margin' asks for; what 'bt_margin' multiplies a pair's margin by
+center_weight = 0.0                # weight of (chosen + rejected)^2, which keeps scores around 0 (arXiv 2312.09244)
+dpo_beta = 0.1
+normalize_prompts = 500            # held-out prompts whose answers by the SFT model set the score's mean and variance
+max_new_tokens = 64                # of such an answer
+# optimizer and schedule
+optimizer = 'muon'                 # 'muon' (matrices of the blocks; AdamW for the rest) | 'adamw'
+learning_rate = 1e-3               # of AdamW, at the top of the schedule
+muon_lr = 0.004                    # of Muon, on the same schedule
+max_iters = 0                      # 0 = every pair once
+weight_decay = 0.1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0                    # largest gradient norm; 0 = no clipping
+lr_schedule = 'linear'             # 'cosine' | 'linear' | 'wsd' (warm-up, stable, decay) | 'constant'
+warmup_iters = 20
+min_lr = 0.0
+attn = 'auto'                      # 'auto' | 'sdpa' | 'manual'
+moe_aux_weight = 0.01              # weight of the load-balancing loss, where the model has experts
+# machine
+backend = 'nccl'                   # of torch.distributed on GPUs; on CPUs it is gloo
+device = 'auto'                    # 'auto' | 'cpu' | 'cuda' | 'cuda:1' | 'mps'
+dtype = 'auto'                     # 'auto' | 'float32' | 'bfloat16' | 'float16'
+compile = 'auto'                   # 'auto' | True | False: torch.compile
+# -----------------------------------------------------------------------------
+
+def prepare_pairs(rows, tok, block_size):
+    """[((ids, mask) of chosen, the same of rejected, row)]; mask is 1 on the response and its end. Long ones are
+    cut on the left, for they differ at their end."""
+    def render(row, key):
+        ids, mask = render_chat([{'role': 'user', 'content': row['prompt']},
+                                 {'role': 'assistant', 'content': row[key]}], tok)
+        return torch.tensor(ids[-block_size:]), torch.tensor(mask[-block_size:])
+    pairs = [(render(row, 'chosen'), render(row, 'rejected'), row) for row in rows]
+    if cut := sum(len(side[0]) == block_size for pair in pairs for side in pair[:2]):
+        print(f'{cut} of {2 * len(rows)} conversations fill block_size {block_size}: longer ones are cut on the left')
+    return pairs
+
+def get_batch(pairs):
+    """Both sides of B pairs as idx (2B, T), first all chosen, padded with -1; mask (2B, T), 1 on the responses;
+    margins (B,), how sure the labeller was (0 where that is not known)."""
+    sides = [pair[i] for i in (0, 1) for pair in pairs]
+    idx, mask = (pad_sequence(part, batch_first=True, padding_value=fill) for part, fill in zip(zip(*sides), (-1, 0)))
+    return idx, mask, torch.tensor([float(row.get('margin', 0)) for *_, row in pairs])
+
+def pairwise_loss(chosen, rejected, kind='bt', margin=None):
+    """Mean loss of scores (B,) of the preferred and the other answers, with d = chosen - rejected:
+    'bt' -log sigmoid(d), the likelihood of the choice in the model of Bradley and Terry (1952);
+    'margin' max(0, margin - d), ranking, margin 1 if None; 'bt_margin' -log sigmoid(d - margin), where the margin (B,)
+    is each pair's own (Llama 2, arXiv 2307.09288)."""
+    d = chosen - rejected
+    if kind == 'bt':
+        return -F.logsigmoid(d).mean()
+    if kind == 'margin':
+        return F.relu((1.0 if margin is None else margin) - d).mean()
+    if kind != 'bt_margin' or margin is None:
+        raise ValueError(f"kind must be 'bt', 'margin', or 'bt_margin' with a margin; got {kind!r}, margin {margin}")
+    return -F.logsigmoid(d - margin).mean()
+
+def log_prob(model, idx, mask):
+    """Log-probability, in nats, that a language model gives to the tokens where mask is 1, a row's sum (B,)."""
+    logits, _ = model(idx.clamp(min=0))  # padding on the right is seen by no real token
+    logp = -F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), idx[:, 1:].clamp(min=0).flatten(), reduction='none')
+    return (logp.view_as(idx[:, 1:]) * mask[:, 1:]).sum(1)
+
+def score(trained, reference, idx, mask):
+    """Scores (B,) of conversations: the reward model's or, with a reference, the implicit reward of DPO, equation 5:
+    dpo_beta times the log-ratio of policy and reference."""
+    if reference is None:
+        return trained(idx)
+    with torch.no_grad():
+        before = log_prob(reference, idx, mask)
+    return dpo_beta * (log_prob(trained, idx, mask) - before)
+
+@torch.no_grad()
+def evaluate(model, reference, pairs, gold, run, batch=128):
+    """What the scores of pairs are worth, see pair_figures."""
+    scores = torch.zeros(2, len(pairs))
+    for i in range(0, len(pairs), batch):
+        idx, mask, _ = get_batch(pairs[i:i + batch])
+        with run.autocast:
+            scores[:, i:i + batch] = score(model, reference, idx.to(run.device), mask.to(run.device)).view(2, -1)
+    return pair_figures(*scores, [row for *_, row in pairs], gold)
+
+def toss_labels(pairs):
+    """The pairs, of which a coin turned half round."""
+    coins = torch.rand(len(pairs), generator=rng(seed))
+    return [(b, a, row) if coin < 0.5 else (a, b, row) for coin, (a, b, row) in zip(coins, pairs)]
+
+def sanity_checks(train, val, gold, make, trained, run):
+    """Print a verdict a line, of a fresh model, of two short runs, and of the figures of the trained one; ValueError at
+    the end if one failed."""
+    def apart(pairs, pad=0):
+        idx, mask, _ = (t.to(run.device) for t in get_batch(pairs))
+        a, b = score(model, reference, F.pad(idx, (0, pad), value=-1), F.pad(mask, (0, pad))).chunk(2)
+        return a - b
+    (model, reference), few, found = make(), train[:16], []
+    with torch.no_grad():
+        swapped, padded = apart(few) + apart([(b, a, row) for a, b, row in few]), apart(few, 9) - apart(few)
+    for pairs, steps, held_out in ((few, 100, few), (toss_labels(train), 300, val)):
+        model, reference = make()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+        for step in range(steps):
+            pairwise_loss(apart([pairs[i] for i in endless_order(len(pairs), step * 16, 16, seed)]), 0).backward()
+            optimizer.step(), optimizer.zero_grad()
+        found.append(evaluate(model, reference, held_out, gold, run)['accuracy_clean'])
+    (heart, tossed), own, blind = found, trained['accuracy_clean'], trained['accuracy_length_only']
+    verdicts = {f'a pair swapped negates the difference: off by {swapped.abs().max():.0e}': swapped.abs().max() < 1e-4,
+                f'padding moves no score: off by {padded.abs().max():.0e}': padded.abs().max() < 1e-4,
+                f'16 pairs are learned by heart: accuracy {heart:.2f}': heart == 1,
+                f'tossed labels teach nothing: accuracy {tossed:.3f}': abs(tossed - 0.5) < 0.05,
+                f'the trained model beats a judge of length alone: accuracy {own:.3f}, {blind:.3f}': own > blind + 0.1,
+                f"its scores spread: standard deviation {trained['score_std']:.3f}": trained['score_std'] > 0.1,
+                f"its probabilities are meant: off by {trained['calibration_error']:.3f}": trained['calibration_error'] < 0.1}
+    print(*(f"{'ok    ' if good else 'FAILED'} {text}" for text, good in verdicts.items()), sep='\n')
+    if not all(verdicts.values()):
+        raise ValueError('a sanity check failed: look at the data, then at the loss, before you trust the scores')
+
+if __name__ == "__main__":
+    config = configure(globals())
+
+    # 1. model, data, machine
+    checkpoint = resume(config, {'optimizer', 'dataset', 'loss', 'causal'})
+    globals().update(config)
+    at_least_one(config, 'eval_interval', 'log_interval', 'batch_size', 'gradient_accumulation_steps', 'normalize_prompts')
+    if loss not in ('bt', 'margin', 'bt_margin', 'dpo') or loss == 'dpo' and not causal:
+        raise ValueError(f"loss must be 'bt', 'margin', 'bt_margin' or, with causal=True, 'dpo'; got {loss!r}")
+    train_rows, val_rows = (load_examples(dataset, f'pref_{split}', 'preference') for split in ('train', 'val'))
+    if loss == 'bt_margin' and not any('margin' in row for row in train_rows):
+        raise ValueError(f"loss='bt_margin' needs pairs with a margin, and those of {dataset} have none; take 'bt'")
+    gold, byte = load_gold(dataset), Tokenizer.byte() if init_from == 'scratch' else None
+    policy, tok = load_model(init_from, dict(config, dropout=0.0), byte)  # dropout would judge the two by two networks
+    tok.add_special(SPECIAL)
+    policy.resize_vocab(tok.vocab_size)
+    def make():
+        """A fresh (model, reference): a reward model of the policy's weights, or for DPO the policy and a copy of it."""
+        trunk = copy.deepcopy(policy).to(run.device)
+        trunk.config.causal = causal
+        torch.manual_seed(seed)
+        return (trunk, policy) if loss == 'dpo' else (RewardModel(trunk).to(run.device), None)
+    train_pairs, val_pairs = (prepare_pairs(rows, tok, policy.config.block_size) for rows in (train_rows, val_rows))
+    train_pairs = train_pairs[:max_pairs or None]
+    train_pairs = toss_labels(train_pairs) if shuffle_labels else train_pairs
+    train_pairs.sort(key=lambda pair: len(pair[0][0]))  # neighbours are padded little
+    first, sequences = checkpoint.get('step', 0), gradient_accumulation_steps * batch_size  # pairs a step, of all ranks
+    max_iters = config['max_iters'] = max_iters or len(train_pairs) // sequences
+    n_tokens = 2 * sum(len(pair[0][0]) for pair in train_pairs) / len(train_pairs) * sequences
+    run = start_run(config, flops=policy.flops_per_token(policy.config.block_size) * n_tokens * (max_iters - first))
+    model, reference = make()
+    if check:
+        model.load_state_dict(load_checkpoint(out_dir)['model'] | {'shift': torch.zeros(()), 'scale': torch.ones(())})
+        figures = evaluate(model, reference, val_pairs, gold, run)
+        sys.exit(sanity_checks(train_pairs[:2000], val_pairs, gold, make, figures, run))
+    trunk = model if loss == 'dpo' else model.trunk
+    optimizers = trunk.optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), muon_lr)
+    if loss != 'dpo':
+        optimizers[0].add_param_group({'params': model.head.parameters(), 'weight_decay': 0.0, 'lr_scale': 1.0})
+    if checkpoint:
+        model.load_state_dict(checkpoint['model'])
+    for o, old in zip(optimizers, checkpoint.get('optimizer', [])):  # the moments, under this run's settings
+        o.load_state_dict({'state': old['state'], 'param_groups': o.state_dict()['param_groups']})
+    trained = parallel(model, run, gradient_accumulation_steps)
+    logger = Logger(out_dir, config, first, run.master)
+    stop = StopSignal()
+    if run.master:
+        print(f'{trunk.n_params():,} parameters; {dataset}: {len(train_pairs):,} + {len(val_pairs):,} pairs; '
+              f'{n_tokens:,.0f} tokens a step')
+
+    def snapshot(step):
+        return {'stage': 'dpo' if loss == 'dpo' else 'reward', 'step': step, 'model': model.state_dict(),
+                'model_args': asdict(trunk.config), 'optimizer': [o.state_dict() for o in optimizers], 'config': config,
+                'tokenizer': tok.to_dict()}
+
+    began = last_time = time.time()
+    saved = first
+    for step in range(first, max(first, max_iters) + 1):
+        # 2. learning rate
+        lr = learning_rate_at(step, config)
+        for group in (g for o in optimizers for g in o.param_groups):
+            group['lr'] = lr * group['lr_scale']
+
+        # 3. save, evaluate
+        stopping = stop.by_any_rank(run)
+        done = stopping or step >= max_iters
+        if stopping or step > first and step % eval_interval == 0 and not done:
+            saved = step
+            if run.master:
+                save_checkpoint(out_dir, snapshot(step), final=done)
+        if done:
+            break
+        if step % eval_interval == 0 and run.master:
+            logger.log(step, evaluate(model, reference, val_pairs, gold, run))
+            last_time = time.time()
+
+        # 4. forward and backward, a micro-batch at a time
+        torch.manual_seed(seed_for(seed, step, run.rank))
+        chosen = [train_pairs[i] for i in sorted(endless_order(len(train_pairs), step * sequences, sequences, seed))]
+        micro_batches = [chosen[i:i + batch_size] for i in range(0, sequences, batch_size)][run.rank::run.world]
+        step_loss, accuracy = 0.0, 0.0
+        for i, pairs in enumerate(micro_batches):
+            idx, mask, margins = (t.to(run.device, non_blocking=True) for t in get_batch(pairs))
+            if run.world > 1:  # the ranks exchange gradients once a step
+                trained.require_backward_grad_sync = i == len(micro_batches) - 1
+            with run.autocast:
+                a, b = score(trained, reference, idx, mask).float().chunk(2)
+                micro_loss = pairwise_loss(a, b, 'bt' if loss == 'dpo' else loss, margin * margins if loss == 'bt_margin'
+                                           else margin) + center_weight * (a + b).square().mean()
+                total = micro_loss + moe_aux_weight * trunk.aux_loss()
+            run.scaler.scale(total / len(micro_batches)).backward()
+            step_loss += micro_loss.detach() / len(micro_batches)
+            accuracy += (a > b).float().mean() / len(micro_batches)
+
+        # 5. clip and step
+        for o in optimizers:
+            run.scaler.unscale_(o)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        if not torch.isfinite(step_loss if run.scaler.is_enabled() else grad_norm):
+            raise diverged(step, out_dir, saved, loss=step_loss, grad_norm=grad_norm)
+        for o in optimizers:
+            run.scaler.step(o)
+            o.zero_grad(set_to_none=True)
+        run.scaler.update()
+
+        # 6. log
+        if step % log_interval == 0:
+            numbers = torch.stack((step_loss, accuracy)) / run.world
+            if run.world > 1:
+                dist.all_reduce(numbers)
+            logger.log(step, {'loss': numbers[0], 'train_accuracy': numbers[1], 'lr': lr, 'grad_norm': grad_norm,
+                              'ms': 1000 * (time.time() - last_time)})
+        last_time = time.time()
+
+    # 7. the end: set the score's mean and variance, save, and tell what was learned
+    stop.leave(run, stopping, step, out_dir)
+    if run.master:
+        seconds, figures = time.time() - began, evaluate(model, reference, val_pairs, gold, run)
+        if loss != 'dpo' and policy.config.causal:
+            prompts = [render_chat([{'role': 'user', 'content': row['prompt']}], tok)[0] for row in val_rows]
+            idx, how = pad_left(prompts[:normalize_prompts], run.device), dict(generator=rng(seed, step, device=run.device))
+            with torch.no_grad(), run.autocast:
+                answers = policy.to(run.device).generate(idx, max_new_tokens, stop=[tok.special['<|end|>']], **how)
+                std, mean = torch.std_mean(model(answers).float())
+            model.shift.add_(mean / model.scale), model.scale.div_(std)
+        save_checkpoint(out_dir, snapshot(step))
+        print(*(f'    {name:24} {value:8.4f}' for name, value in figures.items()), sep='\n')
+        logger.final({**figures, 'seconds': seconds, 'peak_memory_mb': peak_memory_mb(run.type), 'steps': step,
+                      'parameters': trunk.n_params()})

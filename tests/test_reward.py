@@ -1,0 +1,238 @@
+"""The reward model: its losses against closed forms, its scores against padding, and the stage as its user runs it."""
+import itertools
+import json
+import math
+import random
+
+import pytest
+import torch
+
+import reward
+from bpe import Tokenizer
+from configurator import load_checkpoint, read_log, rng
+from conftest import CPU, call, flags, letters, ok, one_line
+from data.answers import auc, calibration_error, pad_left, pair_figures
+from data.dataset import load_gold, read_jsonl
+from data.pretrained import load_model, load_reward_model
+from model import GPT, GPTConfig, RewardModel
+
+tok = Tokenizer.byte()
+FAST = dict(CPU, max_iters=4, batch_size=8, gradient_accumulation_steps=1, log_interval=1, eval_interval=2, max_new_tokens=4,
+            normalize_prompts=8)
+
+
+def judge(causal=False, **more):
+    torch.manual_seed(0)
+    model = RewardModel(GPT(GPTConfig(**{**dict(block_size=32, n_layer=2, n_head=2, n_embd=32, causal=causal), **more})))
+    torch.nn.init.normal_(model.head.proj.weight)
+    return model
+
+
+def pairs(n, seed=0, block_size=32):
+    rows = [{'prompt': p, 'chosen': right, 'rejected': wrong} for p, right, _, wrong in letters(n, seed)]
+    return reward.prepare_pairs(rows, tok, block_size)
+
+
+def final(folder):
+    return read_log(str(folder))[-1]['final']
+
+
+# -----------------------------------------------------------------------------
+# Losses
+
+def test_losses_are_the_formulas_written_out():
+    a, b, m = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([1.5, 0.0, 0.5]), torch.tensor([0.1, 0.2, 0.3])
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))
+    d = [0.5, -1.0, 0.0]
+    mean = lambda values: pytest.approx(sum(values) / 3, rel=1e-6)
+    assert reward.pairwise_loss(a, b).item() == mean([-math.log(sigmoid(x)) for x in d])
+    assert reward.pairwise_loss(a, b, 'margin').item() == mean([max(0, 1 - x) for x in d])
+    assert reward.pairwise_loss(a, b, 'margin', 0.25).item() == mean([max(0, 0.25 - x) for x in d])
+    assert reward.pairwise_loss(a, b, 'bt_margin', m).item() == mean([
+        -math.log(sigmoid(x - y)) for x, y in zip(d, (0.1, 0.2, 0.3))])
+
+
+def test_bradley_terry_is_ln_2_for_equal_scores_with_the_gradient_of_its_closed_form():
+    a, b = torch.zeros(4, requires_grad=True), torch.zeros(4)
+    loss = reward.pairwise_loss(a, b)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2)) and torch.allclose(a.grad, torch.full((4,), -0.5 / 4))
+    far = torch.tensor([1000.0, -1000.0])
+    assert torch.isfinite(reward.pairwise_loss(far, -far))
+
+
+@pytest.mark.parametrize('kind, margin', [('bradley', None), ('bt_margin', None)])
+def test_a_loss_that_is_not_there_is_named(kind, margin):
+    with pytest.raises(ValueError, match=f"got '{kind}'"):
+        reward.pairwise_loss(torch.zeros(1), torch.zeros(1), kind, margin)
+
+
+def test_the_implicit_reward_of_dpo_is_the_log_ratio_of_the_responses_token_by_token():
+    torch.manual_seed(0)
+    policy, reference = (GPT(GPTConfig(block_size=32, n_layer=1, n_head=2, n_embd=32)) for _ in range(2))
+    batch = pairs(3)
+    idx, mask, _ = reward.get_batch(batch)
+    got = reward.score(policy, reference, idx, mask)
+    for row, (ids, counts) in enumerate([*(p[0] for p in batch), *(p[1] for p in batch)]):
+        total = 0.0
+        for t in range(1, len(ids)):
+            if counts[t]:
+                total += sum(sign * model(ids[None, :t])[0][0, -1].log_softmax(-1)[ids[t]].item()
+                             for sign, model in ((1, policy), (-1, reference)))
+        assert got[row].item() == pytest.approx(reward.dpo_beta * total, abs=1e-4)
+    same = reward.score(policy, policy, idx, mask)
+    assert reward.pairwise_loss(*same.chunk(2)).item() == pytest.approx(math.log(2), abs=1e-6)
+
+
+# -----------------------------------------------------------------------------
+# Scores
+
+@pytest.mark.parametrize('causal', [False, True])
+@pytest.mark.parametrize('pos', ['rope', 'learned'])
+def test_any_padding_gives_the_same_score(causal, pos):
+    model = judge(causal, pos=pos)
+    ids = [torch.tensor(row) for row in ([5, 6, 7], [9], [4, 3, 2, 1, 8])]
+    alone = torch.cat([model(row[None]) for row in ids])
+    for left, right in ((0, 0), (3, 0), (0, 4), (2, 5)):
+        T = 5 + left + right
+        idx = torch.full((3, T), -1)
+        for i, row in enumerate(ids):
+            begin = left if right else T - len(row) - right
+            idx[i, begin:begin + len(row)] = row
+        assert torch.allclose(model(idx), alone, atol=1e-5)
+    assert alone.std() > 0.01
+
+
+def test_an_encoder_reads_all_tokens_and_a_decoder_its_last():
+    ids = torch.tensor([[5, 6, 7, 8]])
+    for causal in (False, True):
+        model = judge(causal)
+        h = model.trunk.hidden(ids)[0]
+        expected = model.head.proj(h[-1] if causal else h.mean(0))
+        assert torch.allclose(model(ids), expected, atol=1e-6)
+    assert not torch.allclose(judge(False).trunk.hidden(ids)[0, 0], judge(False).trunk.hidden(ids[:, :1])[0, 0])
+
+
+def test_swapping_a_pair_negates_the_difference():
+    model, batch = judge(), pairs(5)
+    d = [model(reward.get_batch(p)[0]).chunk(2) for p in (batch, [(b, a, row) for a, b, row in batch])]
+    assert torch.allclose(d[0][0] - d[0][1], d[1][1] - d[1][0], atol=1e-6)
+
+
+def test_long_pairs_are_cut_on_the_left_for_they_differ_at_their_end(capsys):
+    (a, _), (b, _), _ = pairs(1, block_size=6)[0]
+    assert len(a) == len(b) == 6 and a.tolist() != b.tolist() and a[-1] == tok.special['<|end|>']
+    assert 'longer ones are cut on the left' in capsys.readouterr().out
+
+
+# -----------------------------------------------------------------------------
+# Measures
+
+def test_auc_is_the_share_of_right_answers_above_wrong_ones():
+    generator = torch.Generator().manual_seed(0)
+    right, wrong = (torch.randint(6, (n,), generator=generator).float() for n in (13, 17))
+    by_hand = sum((a > b) + 0.5 * (a == b) for a in right for b in wrong) / (13 * 17)
+    assert auc(right, wrong) == pytest.approx(by_hand.item())
+
+
+def test_calibration_error_is_small_where_probabilities_are_true_and_large_where_they_boast():
+    generator = torch.Generator().manual_seed(0)
+    d = torch.randn(20_000, generator=generator) * 2
+    labels = torch.rand(20_000, generator=generator) < torch.sigmoid(d)
+    assert calibration_error(d, labels) < 0.015 and calibration_error(4 * d, labels) > 0.1
+    # written out for two bins: probabilities .2 .3 | .6 .9, outcomes 0 1 | 1 1
+    p = torch.tensor([.2, .3, .6, .9])
+    assert calibration_error(p.logit(), torch.tensor([0, 1, 1, 1]), bins=2) == pytest.approx((.25 + .25) / 2)
+
+
+def test_figures_are_against_the_labels_as_given_and_as_they_were_before_some_were_flipped():
+    rows = [{'prompt': 'p', 'chosen': c, 'rejected': r, 'clean': clean, 'op': op} for c, r, clean, op in (
+        ('right', 'bad', True, 'x'), ('worse', 'right', False, 'x'), ('bad', 'worse', True, 'y'), ('right', 'wrongs', True, 'y'))]
+    gold = lambda prompt, said: (float(said == 'right'), 0)
+    figures = pair_figures(torch.tensor([2.0, 0.0, 1.0, 0.5]), torch.tensor([1.0, 2.0, 0.0, 1.5]), rows, gold)
+    assert figures['accuracy'] == 0.5 and figures['accuracy_clean'] == 0.75 and figures['noise_ceiling'] == 0.75
+    assert figures['accuracy_one_right'] == pytest.approx(2 / 3)
+    right, wrong = [2.0, 2.0, 0.5], [1.0, 0.0, 1.0, 0.0, 1.5]
+    assert figures['auc'] == pytest.approx(sum(a > b for a in right for b in wrong) / 15)
+    assert figures['accuracy_length_only'] == 0.625  # shorter is better: 0 for the first, 0.5 for a tie, 1, 1
+    assert figures['margin/x'] == 1.5 and figures['margin/y'] == 0
+
+
+# -----------------------------------------------------------------------------
+# The stage
+
+def test_it_learns_to_tell_right_from_wrong(small_reward):
+    figures = final(small_reward.folder)
+    assert figures['accuracy_clean'] > 0.95 and figures['auc'] > 0.9 and figures['noise_ceiling'] == 1
+    assert figures['accuracy_length_only'] == 0.5 and 'margin/Raise' in figures
+    assert read_log(str(small_reward.folder))[1]['loss'] == pytest.approx(math.log(2), abs=0.2)
+
+
+def test_scores_have_mean_0_and_variance_1_on_answers_of_the_policy(small_sft, small_reward, letters_data):
+    config = load_checkpoint(str(small_reward.folder))['config']
+    policy, tok = load_model(str(small_sft.folder), {})
+    model = load_reward_model(str(small_reward.folder), tok)
+    rows = read_jsonl(letters_data / 'pref_val.jsonl', 'preference')
+    end = tok.special['<|end|>']
+    prompts = [[tok.special['<|user|>'], *tok.encode(r['prompt']), end, tok.special['<|assistant|>']] for r in rows]
+    answers = policy.generate(pad_left(prompts), 8, stop=[end], generator=rng(config['seed'], 150))
+    std, mean = torch.std_mean(model(answers))
+    assert abs(mean) < 1e-3 and std.item() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize('loss', ['bt', 'margin', 'bt_margin'])
+def test_16_pairs_are_learned_by_heart(loss, letters_data, small_base, tmp_path):
+    ok(call('reward.py', *flags(FAST, dataset=letters_data, init_from=small_base, out_dir=tmp_path, max_pairs=16, batch_size=16,
+                                max_iters=60, eval_interval=60, loss=loss, optimizer='adamw', learning_rate=3e-3, causal=True)))
+    assert sum(r['train_accuracy'] for r in read_log(str(tmp_path)) if r.get('step', 0) > 50 and 'train_accuracy' in r) == 9
+
+
+def test_shuffled_labels_teach_nothing(letters_data, small_base, tmp_path):
+    ok(call('reward.py', *flags(FAST, dataset=letters_data, init_from=small_base, out_dir=tmp_path, shuffle_labels=True,
+                                max_iters=60, batch_size=32, eval_interval=60)))
+    assert 0.3 < final(tmp_path)['accuracy_clean'] < 0.7  # 60 pairs; the proof has 2,000
+
+
+def test_dpo_trains_the_policy_itself(letters_data, small_sft, tmp_path):
+    ok(call('reward.py', *flags(FAST, dataset=letters_data, init_from=small_sft.folder, out_dir=tmp_path, loss='dpo', causal=True,
+                                max_iters=40, batch_size=32, eval_interval=40, muon_lr=2e-3)))
+    first = next(r for r in read_log(str(tmp_path)) if 'loss' in r)
+    assert first['loss'] == pytest.approx(math.log(2), abs=1e-5)
+    assert final(tmp_path)['accuracy_clean'] > 0.9
+    assert ok(call('sample.py', '--device=cpu', f'--out_dir={tmp_path}', '--max_new_tokens=4'))  # it speaks
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(letters_data, small_sft, tmp_path):
+    how = flags(FAST, dataset=letters_data, init_from=small_sft.folder)
+    ok(call('reward.py', *how, f'--out_dir={tmp_path / "whole"}'))
+    ok(call('reward.py', *how, f'--out_dir={tmp_path / "half"}'))
+    (tmp_path / 'half' / 'ckpt.pt').write_bytes((tmp_path / 'half' / 'ckpt_prev.pt').read_bytes())
+    assert load_checkpoint(str(tmp_path / 'half'))['step'] == 2
+    ok(call('reward.py', '--init_from=resume', f'--out_dir={tmp_path / "half"}'))
+    a, b = (load_checkpoint(str(tmp_path / name))['model'] for name in ('whole', 'half'))
+    assert all(torch.equal(a[key], b[key]) for key in a) and a['scale'] != 1
+
+
+def test_the_checks_give_a_verdict_a_line(letters_data, small_reward, small_sft):
+    made = call('reward.py', *flags(CPU, dataset=letters_data, init_from=small_sft.folder, out_dir=small_reward.folder, check=True,
+                                    learning_rate=3e-3))
+    lines = [line for line in made.stdout.splitlines() if line[:6] in ('ok    ', 'FAILED')]
+    assert len(lines) == 7 and 'by heart: accuracy 1.00' in made.stdout, made.stdout + made.stderr
+    assert all(line.startswith('ok') for line in lines[:3])
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--loss=hinge'], "got 'hinge'"), (['--loss=dpo'], "with causal=True, 'dpo'"),
+    (['--normalize_prompts=0'], 'normalize_prompts must be at least 1')])
+def test_mistakes_are_one_line(args, message, letters_data, small_base, tmp_path):
+    how = {k: v for k, v in FAST.items() if k != 'normalize_prompts'}
+    assert message in one_line(call('reward.py', *flags(how, dataset=letters_data, init_from=small_base, out_dir=tmp_path), *args))
+
+
+def test_pairs_without_margins_cannot_be_learned_with_them(letters_data, small_base, tmp_path):
+    for split in ('train', 'val'):
+        rows = read_jsonl(letters_data / f'pref_{split}.jsonl', 'preference')[:20]
+        with open(tmp_path / f'pref_{split}.jsonl', 'w', encoding='utf-8') as f:
+            f.writelines(json.dumps({k: r[k] for k in ('prompt', 'chosen', 'rejected')}) + '\n' for r in rows)
+    said = one_line(call('reward.py', *flags(FAST, dataset=tmp_path, init_from=small_base, out_dir=tmp_path, loss='bt_margin')))
+    assert "needs pairs with a margin" in said and load_gold(str(tmp_path)) is None
