@@ -82,6 +82,12 @@ def at_least_one(config, *names):
         if config[name] < 1:
             raise ValueError(f'{name} must be at least 1; got {config[name]}')
 
+def one_of(config, **allowed):
+    """ValueError naming the first of these settings that is none of the values allowed for it."""
+    for name, values in allowed.items():
+        if config[name] not in values:
+            raise ValueError(f'{name} must be one of {", ".join(map(repr, values))}; got {config[name]!r}')
+
 def resume(config, fixed):
     """The checkpoint in out_dir to go on from, of init_from='resume' or after a restart by torchrun; {} for a fresh
     start. The settings it was saved with become those of `config`, but for those given on this command line, which are
@@ -155,12 +161,12 @@ def start_run(config, flops=math.inf):
         autocast=contextlib.nullcontext() if name == 'float32' else torch.autocast(kind, dtype),
         scaler=torch.amp.GradScaler(kind, enabled=name == 'float16'))
 
-def parallel(model, run, micro_batches):
-    """The module to call in training: compiled where the run compiles; with several ranks, which share the micro-batches
-    of a step, one that averages their gradients."""
-    if micro_batches % run.world:
-        raise ValueError(f'{micro_batches} gradient_accumulation_steps cannot be shared by {run.world} ranks; make them '
-                         f'a multiple of {run.world}')
+def parallel(model, run, **shared):
+    """The module to call in training: compiled where the run compiles; with several ranks, which must be able to share
+    these numbers evenly, one that averages their gradients."""
+    for name, number in shared.items():
+        if number % run.world:
+            raise ValueError(f'{name} {number} cannot be shared by {run.world} ranks; make it a multiple of {run.world}')
     model = torch.compile(model) if run.compile else model
     if run.world == 1:
         return model

@@ -12,18 +12,18 @@ An iteration is: prompts -> answers -> scores -> advantages -> a few epochs of c
 in this: log-probabilities of the answers are computed anew with the training forward pass, since those of the cache
 differ in the last bits; and GRPO's KL penalty is part of the reward, as in the other two, not of the loss.
 """
-import copy, math, os, time
+import copy, math, time
 from dataclasses import asdict
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
-from bpe import SPECIAL, Tokenizer, printable, render_chat
-from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, parallel,
+from bpe import printable
+from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, one_of, parallel,
                           peak_memory_mb, resume, rng, save_checkpoint, seed_for, start_run)
-from data.answers import answer, pad_left
-from data.dataset import HERE, endless_order, load_examples, load_gold, read_jsonl
-from data.pretrained import load_model, load_reward_model
+from data.answers import answer, best_of, pad_left, prompt_ids
+from data.dataset import endless_order, load_examples, load_gold
+from data.pretrained import load_chat_model, load_reward_model
 from model import ScalarHead
 
 # -----------------------------------------------------------------------------
@@ -181,9 +181,11 @@ def shape(score, ended, length):
     score = score.clamp(-score_clip, score_clip) if score_clip else score
     return torch.where(ended, score - length_penalty * length, missing_end_score)
 
-def judge(texts, rows, idx, judge_model):
-    """Scores (B,) of answers: by the reward model, and by gold (exact; nan without a gold function)."""
-    gold = torch.tensor([gold_of(row['prompt'], text)[0] if gold_of else math.nan for row, text in zip(rows, texts)])
+def judge(idx, mask, rows, judge_model):
+    """Scores (B,) of answers to the prompts of rows: by the reward model, and by gold (exact; nan without that)."""
+    gold = torch.full((len(rows),), math.nan)
+    for i in range(len(rows) if gold_of else 0):
+        gold[i], _ = gold_of(rows[i]['prompt'], tok.decode([t for t in idx[i][mask[i] > 0].tolist() if t != end]))
     if judge_model is None:
         return gold, gold
     with torch.no_grad():
@@ -193,7 +195,7 @@ def evaluate(policy, tok, rows, draws, run, generator):
     """Figures of the greedy answers to rows beside their gold responses, and of `draws` samples each; the samples as
     [(text, ended)], a pass over the rows after the other; and the greedy answers."""
     right = [row.get('response') for row in rows]
-    prompts = [render_chat([{'role': 'user', 'content': row['prompt']}], tok)[0] for row in rows]
+    prompts = [prompt_ids(row['prompt'], tok) for row in rows]
     with run.autocast:
         greedy = [text for text, _ in answer(policy.gpt, tok, prompts, max_new_tokens, temperature=0)]
         sampled = answer(policy.gpt, tok, prompts * draws, max_new_tokens, temperature=temperature, generator=generator)
@@ -210,10 +212,7 @@ if __name__ == "__main__":
     globals().update(config)
     at_least_one(config, 'eval_interval', 'log_interval', 'batch_size', 'minibatch_size', 'eval_prompts', 'test_prompts',
                  'test_draws', 'max_new_tokens', 'ppo_epochs')
-    for name, allowed in (('reward', ('model', 'gold')), ('kl_control', ('fixed', 'adaptive', 'none')),
-                          ('adv', ('gae', 'rloo', 'grpo'))):
-        if config[name] not in allowed:
-            raise ValueError(f'{name} must be one of {", ".join(allowed)}; got {config[name]!r}')
+    one_of(config, reward=('model', 'gold'), kl_control=('fixed', 'adaptive', 'none'), adv=('gae', 'rloo', 'grpo'))
     group = 1 if adv == 'gae' else group_size
     if batch_size % minibatch_size or batch_size % group or adv != 'gae' and group_size < 2:
         raise ValueError(f'batch_size {batch_size} must be a multiple of minibatch_size {minibatch_size} and of group_size '
@@ -221,10 +220,7 @@ if __name__ == "__main__":
     if temperature <= 0:
         raise ValueError(f'temperature must be above 0, for answers are sampled; got {temperature}')
     train_rows, val_rows = (load_examples(dataset, f'prompts_{split}', 'prompt') for split in ('train', 'val'))
-    byte = Tokenizer.byte() if init_from == 'scratch' else None
-    reference, tok = load_model(init_from, dict(config, dropout=0.0), byte)
-    tok.add_special(SPECIAL)
-    reference.resize_vocab(tok.vocab_size)
+    reference, tok = load_chat_model(init_from, config)
     judge_model = load_reward_model(reward_model, tok) if reward == 'model' else None
     gold_of, end = load_gold(dataset), tok.special['<|end|>']
     if reward == 'gold' and gold_of is None:
@@ -244,14 +240,11 @@ if __name__ == "__main__":
     if checkpoint:
         optimizer.load_state_dict({'state': checkpoint['optimizer'][0]['state'],
                                    'param_groups': optimizer.state_dict()['param_groups']})
-    if minibatch_size % run.world or batch_size // group % run.world:
-        raise ValueError(f'minibatch_size {minibatch_size} and the {batch_size // group} prompts of a batch cannot be shared '
-                         f'by {run.world} ranks; make them multiples of {run.world}')
-    trained = parallel(policy, run, run.world)
+    trained = parallel(policy, run, minibatch_size=minibatch_size, prompts=batch_size // group)
     logger = Logger(out_dir, config, first, run.master)
     stop, share = StopSignal(), batch_size // run.world
-    prompts = [render_chat([{'role': 'user', 'content': row['prompt']}], tok)[0] for row in train_rows]
-    prompts = [ids[-max(1, policy.gpt.config.block_size - max_new_tokens):] for ids in prompts]
+    room = max(1, policy.gpt.config.block_size - max_new_tokens)  # a longer prompt is cut on the left
+    prompts = [prompt_ids(row['prompt'], tok)[-room:] for row in train_rows]
     before = evaluate(policy, tok, val_rows[:8], 1, run, None)[2] if run.master else []
 
     def snapshot(step):
@@ -297,8 +290,7 @@ if __name__ == "__main__":
 
         # 5. score: one number an answer, on its last token; on every token the KL penalty to the reference
         with run.autocast:
-            texts = [tok.decode([t for t in ids[seen].tolist() if t != end]) for ids, seen in zip(idx, mask > 0)]
-            score, gold = (x.to(run.device) for x in judge(texts, [train_rows[i] for i in asked], idx, judge_model))
+            score, gold = (x.to(run.device) for x in judge(idx, mask, [train_rows[i] for i in asked], judge_model))
             old_logp, ref_logp, values, entropy, exact_kl = measure(trained, reference, idx, mask, minibatch_size)
         mask = mask[:, 1:].float()                                    # from here on a column is a predicted token
         length = mask.sum(1)
@@ -386,26 +378,22 @@ if __name__ == "__main__":
     # 10. the end: held-out prompts that nobody looked at, before and after
     stop.leave(run, stopping, step, out_dir)
     if run.master:
-        seconds, path = time.time() - began, os.path.join(HERE, dataset, f'{test_split}.jsonl')
-        rows = (read_jsonl(path, 'prompt') if os.path.exists(path) else val_rows)[:test_prompts]
+        seconds, rows = time.time() - began, load_examples(dataset, test_split, 'prompt', val_rows)[:test_prompts]
         start, after = (evaluate(model, tok, rows, test_draws, run, rng(seed, max_iters, device=run.device))
                         for model in (Policy(reference, False).to(run.device).eval(), policy))
-        idx, mask, ended = rollout(policy.gpt, [render_chat([{'role': 'user', 'content': row['prompt']}], tok)[0]
-                                                for row in rows], end, rng(seed, device=run.device), run.device)
-        texts = [tok.decode([t for t in ids[seen].tolist() if t != end]) for ids, seen in zip(idx, mask > 0)]
-        score, gold = judge(texts, rows, idx, judge_model)
+        idx, mask, _ = rollout(policy.gpt, [prompt_ids(row['prompt'], tok)[-room:] for row in rows], end,
+                               rng(seed, device=run.device), run.device)
+        score, gold = judge(idx, mask, rows, judge_model)
         kl = measure(policy, reference, idx, mask, minibatch_size)[4].sum(1).mean().item()
         p, q = (min(max(f['exact_match_sampled'], 1e-6), 1 - 1e-6) for f, *_ in (start, after))
         figures = {**after[0], 'score': score.mean().item(), 'gold': gold.mean().item(), 'kl': kl,
                    'kl_minimum': q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p)),
                    **{f'{name}_before': value for name, value in start[0].items()}}
         if judge_model is not None and test_draws >= 4:  # the same reward model without PPO: the best of four samples
-            four = [[start[1][draw * len(rows) + i][0] for draw in range(4)] for i in range(len(rows))]
-            said = [render_chat([{'role': 'user', 'content': row['prompt']}, {'role': 'assistant', 'content': text}], tok)[0]
-                    for row, texts in zip(rows, four) for text in texts]
-            best = judge([''] * len(said), [row for row in rows for _ in range(4)], pad_left(said, run.device),
-                         judge_model)[0].view(-1, 4).argmax(1)
-            figures['best_of_4'] = sum(texts[i] == row.get('response') for row, texts, i in zip(rows, four, best)) / len(rows)
+            conversations = [[{'role': 'user', 'content': row['prompt']}] for row in rows]
+            four = [start[1][draw * len(rows) + i][0] for i in range(len(rows)) for draw in range(4)]
+            best = best_of(judge_model, tok, conversations, four)
+            figures['best_of_4'] = sum(text == row.get('response') for text, row in zip(best, rows)) / len(rows)
         print(*(f'    {name:28} {value:8.4f}' for name, value in figures.items()), sep='\n')
         logger.final({**figures, 'episodes_per_second': (step - first) * batch_size / max(train_seconds, 1e-9),
                       'rollout_share': rollout_seconds / max(train_seconds, 1e-9), 'seconds': seconds,

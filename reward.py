@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from bpe import SPECIAL, Tokenizer, render_chat
+from bpe import render_chat
 from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, load_checkpoint,
-                          parallel, peak_memory_mb, resume, rng, save_checkpoint, seed_for, start_run)
-from data.answers import pad_left, pair_figures
+                          one_of, parallel, peak_memory_mb, resume, rng, save_checkpoint, seed_for, start_run)
+from data.answers import pad_left, pair_figures, prompt_ids
 from data.dataset import endless_order, load_examples, load_gold
-from data.pretrained import load_model
+from data.pretrained import load_chat_model
 from model import RewardModel
 
 # -----------------------------------------------------------------------------
@@ -169,15 +169,11 @@ if __name__ == "__main__":
     checkpoint = resume(config, {'optimizer', 'dataset', 'loss', 'causal'})
     globals().update(config)
     at_least_one(config, 'eval_interval', 'log_interval', 'batch_size', 'gradient_accumulation_steps', 'normalize_prompts')
-    if loss not in ('bt', 'margin', 'bt_margin', 'dpo') or loss == 'dpo' and not causal:
-        raise ValueError(f"loss must be 'bt', 'margin', 'bt_margin' or, with causal=True, 'dpo'; got {loss!r}")
+    one_of(config, loss=('bt', 'margin', 'bt_margin', 'dpo'), causal=(True,) if loss == 'dpo' else (True, False))
     train_rows, val_rows = (load_examples(dataset, f'pref_{split}', 'preference') for split in ('train', 'val'))
     if loss == 'bt_margin' and not any('margin' in row for row in train_rows):
         raise ValueError(f"loss='bt_margin' needs pairs with a margin, and those of {dataset} have none; take 'bt'")
-    gold, byte = load_gold(dataset), Tokenizer.byte() if init_from == 'scratch' else None
-    policy, tok = load_model(init_from, dict(config, dropout=0.0), byte)  # dropout would judge the two by two networks
-    tok.add_special(SPECIAL)
-    policy.resize_vocab(tok.vocab_size)
+    gold, (policy, tok) = load_gold(dataset), load_chat_model(init_from, config)
     def make():
         """A fresh (model, reference): a reward model of the policy's weights, or for DPO the policy and a copy of it."""
         trunk = copy.deepcopy(policy).to(run.device)
@@ -205,7 +201,7 @@ if __name__ == "__main__":
         model.load_state_dict(checkpoint['model'])
     for o, old in zip(optimizers, checkpoint.get('optimizer', [])):  # the moments, under this run's settings
         o.load_state_dict({'state': old['state'], 'param_groups': o.state_dict()['param_groups']})
-    trained = parallel(model, run, gradient_accumulation_steps)
+    trained = parallel(model, run, gradient_accumulation_steps=gradient_accumulation_steps)
     logger = Logger(out_dir, config, first, run.master)
     stop = StopSignal()
     if run.master:
@@ -281,10 +277,10 @@ if __name__ == "__main__":
     if run.master:
         seconds, figures = time.time() - began, evaluate(model, reference, val_pairs, gold, run)
         if loss != 'dpo' and policy.config.causal:
-            prompts = [render_chat([{'role': 'user', 'content': row['prompt']}], tok)[0] for row in val_rows]
-            idx, how = pad_left(prompts[:normalize_prompts], run.device), dict(generator=rng(seed, step, device=run.device))
+            idx = pad_left([prompt_ids(row['prompt'], tok) for row in val_rows[:normalize_prompts]], run.device)
             with torch.no_grad(), run.autocast:
-                answers = policy.to(run.device).generate(idx, max_new_tokens, stop=[tok.special['<|end|>']], **how)
+                answers = policy.to(run.device).generate(idx, max_new_tokens, stop=[tok.special['<|end|>']],
+                                                         generator=rng(seed, step, device=run.device))
                 std, mean = torch.std_mean(model(answers).float())
             model.shift.add_(mean / model.scale), model.scale.div_(std)
         save_checkpoint(out_dir, snapshot(step))

@@ -11,7 +11,7 @@ import json
 import torch
 from bpe import printable, render_chat
 from configurator import at_least_one, configure, rng, start_run
-from data.answers import answer, pad_left
+from data.answers import answer, best_of as best_of_n
 from data.dataset import read_jsonl
 from data.pretrained import load_model, load_reward_model
 
@@ -61,13 +61,7 @@ def answer_prompts(model, tok, conversations, judge, how):
     """The model's answers (strings) to lists of messages; with a judge, the best of best_of by its scores."""
     prompts = [fit(render_chat(c, tok)[0], model, max_new_tokens) for c in conversations for _ in range(best_of)]
     texts = [text for text, _ in answer(model, tok, prompts, batch_size=batch_size, **how)]
-    if judge is None:
-        return texts
-    said = [{'role': 'assistant', 'content': text} for text in texts]
-    rows = [render_chat([*conversations[i // best_of], message], tok)[0] for i, message in enumerate(said)]
-    rows = [row[-judge.trunk.config.block_size:] for row in rows]
-    scores = [judge(pad_left(rows[i:i + best_of], run.device)).argmax().item() for i in range(0, len(rows), best_of)]
-    return [texts[i * best_of + best] for i, best in enumerate(scores)]
+    return best_of_n(judge, tok, conversations, texts) if judge else texts
 
 def converse(model, tok, stream):
     """A conversation in the terminal, until the end of input."""
@@ -109,8 +103,7 @@ if __name__ == "__main__":
             asked = read_jsonl(prompts, 'prompt')
             conversations = [a.get('messages') or [{'role': 'user', 'content': a['prompt']}] for a in asked]
             judge = load_reward_model(reward_model, tok).to(run.device) if best_of > 1 else None
-            with torch.no_grad():
-                texts = answer_prompts(model, tok, conversations, judge, how)
+            texts = answer_prompts(model, tok, conversations, judge, how)
             with open(answers, 'w', encoding='utf-8') as f:
                 f.writelines(json.dumps({**a, 'response': t}, ensure_ascii=False) + '\n' for a, t in zip(asked, texts))
             print(f'{len(texts)} answers written to {answers}')

@@ -11,18 +11,18 @@ arXiv 2203.02155, section 3.5).
 The loss counts the response and its end, never the prompt: the model learns to answer, not to ask. At the end it
 answers held-out prompts, greedily and by sampling, and is compared with the gold responses.
 """
-import math, os, time
+import math, time
 from dataclasses import asdict
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from bpe import SPECIAL, Tokenizer, printable, render_chat
-from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, parallel,
+from bpe import printable, render_chat
+from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, one_of, parallel,
                           peak_memory_mb, resume, rng, save_checkpoint, seed_for, start_run)
 from data.answers import answer, rouge_l, token_f1
-from data.dataset import HERE, endless_order, load_examples, read_jsonl
-from data.pretrained import load_model
+from data.dataset import endless_order, load_examples
+from data.pretrained import load_chat_model
 
 # -----------------------------------------------------------------------------
 # where and when
@@ -153,12 +153,9 @@ if __name__ == "__main__":
     globals().update(config)
     at_least_one(config, 'eval_interval', 'log_interval', 'batch_size', 'gradient_accumulation_steps',
                  'curriculum_stages', 'test_draws', 'test_prompts', 'eval_prompts', 'max_new_tokens')
-    if curriculum not in ('none', 'short_to_long'):
-        raise ValueError(f"curriculum must be 'none' or 'short_to_long'; got {curriculum!r}")
+    one_of(config, curriculum=('none', 'short_to_long'))
     train_rows, val_rows = (load_examples(dataset, f'sft_{split}', 'sft') for split in ('train', 'val'))
-    model, tok = load_model(checkpoint or init_from, config, Tokenizer.byte() if init_from == 'scratch' else None)
-    tok.add_special(SPECIAL)
-    model.resize_vocab(tok.vocab_size)
+    model, tok = load_chat_model(checkpoint or init_from, config)
     train_examples, val_examples = (prepare_examples(rows, tok, model.config.block_size) for rows in (train_rows, val_rows))
     by_length = sorted(range(len(train_examples)), key=lambda i: len(train_examples[i][0]))
     first = checkpoint.get('step', 0)
@@ -169,7 +166,7 @@ if __name__ == "__main__":
     optimizers = model.optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), muon_lr)
     for o, old in zip(optimizers, checkpoint.get('optimizer', [])):  # the moments, under this run's settings
         o.load_state_dict({'state': old['state'], 'param_groups': o.state_dict()['param_groups']})
-    trained = parallel(model, run, gradient_accumulation_steps)
+    trained = parallel(model, run, gradient_accumulation_steps=gradient_accumulation_steps)
     logger = Logger(f'{out_dir}/eval' if eval_only else out_dir, config, first, run.master)
     stop = StopSignal()
     if run.master:
@@ -248,8 +245,7 @@ if __name__ == "__main__":
     # 7. the end
     stop.leave(run, stopping, step, out_dir)
     if run.master:
-        seconds, path = time.time() - began, os.path.join(HERE, dataset, f'{test_split}.jsonl')
-        rows = (read_jsonl(path, 'sft') if os.path.exists(path) else val_rows)[:test_prompts]
+        seconds, rows = time.time() - began, load_examples(dataset, test_split, 'sft', val_rows)[:test_prompts]
         figures, _ = evaluate(model.eval(), tok, rows, run, test_draws, rng(seed, max_iters, device=run.device))
         figures['response_loss'] = response_loss(model, val_examples, run)
         print(*(f'    {name:24} {value:8.4f}' for name, value in figures.items()), sep='\n')

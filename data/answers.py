@@ -5,6 +5,7 @@ scores tell right from wrong. Each has one right value, so they stand here, for 
 from collections import Counter
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from bpe import render_chat
 
 def pad_left(rows, device='cpu'):
     """Lists of ids as one tensor (B, T), -1 on the left of the shorter ones, as GPT.generate takes them."""
@@ -23,6 +24,21 @@ def answer(model, tok, prompts, max_new_tokens, batch_size=250, **how):
             said = [token for token in ids if token not in (-1, end)]
             answers.append((tok.decode(said), end in ids))
     return answers
+
+def prompt_ids(prompt, tok):
+    """The ids of a user's words, up to where the answer begins."""
+    return render_chat([{'role': 'user', 'content': prompt}], tok)[0]
+
+def best_of(judge, tok, conversations, texts):
+    """Of several answers to each conversation, which stand side by side in texts, the one that a reward model scores
+    highest (best-of-n sampling; arXiv 2009.01325)."""
+    n, best, device = len(texts) // len(conversations), [], next(judge.parameters()).device
+    for i, messages in enumerate(conversations):
+        said = texts[i * n:(i + 1) * n]
+        rows = [render_chat([*messages, {'role': 'assistant', 'content': text}], tok)[0] for text in said]
+        with torch.no_grad():
+            best.append(said[judge(pad_left([row[-judge.trunk.config.block_size:] for row in rows], device)).argmax()])
+    return best
 
 def token_f1(said, gold):
     """Harmonic mean of precision and recall of the words that two texts share (SQuAD, arXiv 1606.05250)."""

@@ -105,16 +105,19 @@ def load_dataset(dataset, block_size, tokenizer='', vocab_size=0):
         raise ValueError(f'{folder}: tokenizer.json is not the one whose fingerprint meta.json has; run {script} again')
     return *tokens, meta, tok
 
-def load_examples(dataset, split, kind):
-    """The examples, see read_jsonl, of data/<dataset>/<split>.jsonl, which is prepared first if it is not there."""
+def load_examples(dataset, split, kind, default=None):
+    """The examples, see read_jsonl, of data/<dataset>/<split>.jsonl, which is prepared first if it is not there. Where
+    there is no such file, the default, or a ValueError if none is given."""
     path, script = (os.path.join(HERE, dataset, name) for name in (f'{split}.jsonl', 'prepare.py'))
-    if not os.path.exists(path) and os.path.exists(script):
+    if not os.path.exists(path) and os.path.exists(script) and default is None:
         with open(script, 'rb') as lock:  # one process prepares; other ranks and runs wait for it
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not os.path.exists(path):
                 print(f'preparing data/{dataset}', flush=True)
                 if subprocess.run([sys.executable, script]).returncode:
                     raise ValueError(f'data/{dataset} could not be prepared, for the reason above')
+    if not os.path.exists(path) and default is not None:
+        return default
     if not os.path.exists(path):
         raise ValueError(f'{path}: no such file' + f'; {script} does not make it' * os.path.exists(script))
     return read_jsonl(path, kind)

@@ -6,7 +6,7 @@ flags that it leaves open, and its names for the weights. Nothing of a folder is
 import json, os, re
 from pathlib import Path
 import torch
-from bpe import Tokenizer
+from bpe import SPECIAL, Tokenizer
 from configurator import load_checkpoint, replacing
 from model import GPT, GPTConfig, RewardModel
 
@@ -187,6 +187,14 @@ def load_model(source, config, tok=None):
         raise ValueError(f'the data has another tokenizer ({tok.vocab_size} tokens) than the model ({own.vocab_size}); '
                          'save the model\'s as a tokenizer.json and prepare the data with --tokenizer=FILE')
     return model, own
+
+def load_chat_model(source, config):
+    """load_model for the stages after training: without dropout unless `config` has one, with the special tokens of
+    chats, for which the embedding is enlarged; 'scratch' is a model of bytes."""
+    model, tok = load_model(source, {'dropout': 0.0} | config, Tokenizer.byte() if source == 'scratch' else None)
+    tok.add_special(SPECIAL)
+    model.resize_vocab(tok.vocab_size)
+    return model, tok
 
 def load_reward_model(folder, tok):
     """The RewardModel of a run of reward.py, in eval mode. ValueError where the folder holds something else, or the

@@ -265,8 +265,8 @@ def test_the_model_speaks_and_a_reward_model_chooses_among_its_answers(letters_d
 
 
 @pytest.mark.parametrize('args, message', [
-    (['--reward=judge'], "reward must be one of model, gold; got 'judge'"),
-    (['--adv=a2c'], 'adv must be one of gae, rloo, grpo'),
+    (['--reward=judge'], "reward must be one of 'model', 'gold'; got 'judge'"),
+    (['--adv=a2c'], "adv must be one of 'gae', 'rloo', 'grpo'"),
     (['--minibatch_size=7'], 'batch_size 16 must be a multiple of minibatch_size 7'),
     (['--adv=rloo', '--group_size=1'], 'which is at least 2 for rloo'),
     (['--temperature=0'], 'temperature must be above 0'),

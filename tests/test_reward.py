@@ -222,7 +222,7 @@ def test_the_checks_give_a_verdict_a_line(letters_data, small_reward, small_sft)
 
 
 @pytest.mark.parametrize('args, message', [
-    (['--loss=hinge'], "got 'hinge'"), (['--loss=dpo'], "with causal=True, 'dpo'"),
+    (['--loss=hinge'], "got 'hinge'"), (['--loss=dpo'], 'causal must be one of True; got False'),
     (['--normalize_prompts=0'], 'normalize_prompts must be at least 1')])
 def test_mistakes_are_one_line(args, message, letters_data, small_base, tmp_path):
     how = {k: v for k, v in FAST.items() if k != 'normalize_prompts'}

@@ -206,7 +206,7 @@ def test_a_hugging_face_folder_is_taught_and_its_tokenizer_gets_the_tokens_of_ch
 
 
 @pytest.mark.parametrize('args, message', [
-    (['--curriculum=hard_to_easy'], "curriculum must be 'none' or 'short_to_long'; got 'hard_to_easy'"),
+    (['--curriculum=hard_to_easy'], "curriculum must be one of 'none', 'short_to_long'; got 'hard_to_easy'"),
     (['--curriculum_stages=0'], 'curriculum_stages must be at least 1; got 0'),
     (['--init_from=nowhere'], 'nowhere')])
 def test_mistakes_are_one_line(args, message, letters_data, small_base, tmp_path):
