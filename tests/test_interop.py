@@ -57,7 +57,7 @@ OURS = {
     'qwen2': dict(MODERN, qkv_bias=True),
     'qwen3': dict(MODERN, qk_norm=True, head_dim=8),
     'mixtral': dict(MODERN, n_expert=5, n_expert_active=3),
-    'mixtral with a window': dict(MODERN, n_expert=3, n_expert_active=1, window=5, tie_weights=False),
+    'mixtral with a window': dict(MODERN, n_expert=3, n_expert_active=2, moe_balance='none', window=5, tie_weights=False),
 }
 IDS = torch.randint(301, (2, 60), generator=torch.Generator().manual_seed(0))
 
