@@ -66,7 +66,7 @@ n_shared_expert = 0                # experts that see every token, beside those
 moe_every = 1                      # 2 = every other layer stays dense
 moe_balance = 'aux'                # what keeps all experts in use: 'aux' (a loss) | 'bias' (of the choice) | 'none'
 moe_aux_weight = 0.01              # weight of the loss of 'aux'
-moe_bias_rate = 0.001              # how far 'bias' moves in a step
+moe_bias_rate = 0.01               # how far 'bias' moves in a step; 0.001 in runs of many thousands
 moe_z_weight = 0.001               # weight of the loss that keeps the routers' logits small
 tie_weights = True                 # the output head is the token embedding
 attn = 'auto'                      # 'auto' | 'sdpa' (PyTorch's fused attention) | 'manual' (by hand)
