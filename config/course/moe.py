@@ -4,7 +4,8 @@
 # python train.py --out_dir=out/dense
 # python configurator.py out/dense out/moe
 #
-# Result: (three seeds to come)
+# Result of one seed (three to come): validation loss 4.466 nats a token after --max_iters=150, the dense model's 4.482;
+# 4.001 and 4.031 after 400.
 
 out_dir = 'out/moe'
 n_expert = 8

@@ -3,7 +3,7 @@
 # python train.py config/course/moe_hybrid.py
 # python configurator.py out/moe out/moe_hybrid
 #
-# Result: (three seeds to come)
+# Result of one seed (three to come): 4.429 after --max_iters=150, better than experts in every layer (4.466).
 
 out_dir = 'out/moe_hybrid'
 n_expert = 8
