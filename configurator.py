@@ -274,10 +274,10 @@ class Logger:
             print('warning: not logged:', e)
 
     def log(self, step, metrics):
-        """Record {name: number} of a step."""
+        """Record {name: number} of a step. A name with a slash is of many that belong together: not for the screen."""
         metrics = {k: float(v) for k, v in metrics.items()}
         self.write({'step': step, **metrics})
-        text = (f'{k} {v:>10{".0f" if abs(v) >= 1000 else ".5g"}}' for k, v in metrics.items())
+        text = (f'{k} {v:>10{".0f" if abs(v) >= 1000 else ".5g"}}' for k, v in metrics.items() if '/' not in k)
         print(f'step {step:>6}', *text, sep=' | ', flush=True)
         if self.board:
             for k, v in metrics.items():

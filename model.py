@@ -36,7 +36,9 @@ class GPTConfig:
     window: int = 0             # a token sees the last `window` tokens, itself counted; 0 = all
     n_sink: int = 0             # the first tokens, which stay visible behind the window
     n_expert: int = 0           # experts a layer; 0 = dense
-    n_expert_active: int = 2    # experts a token goes through
+    n_expert_active: int = 2    # experts a token is sent to
+    n_shared_expert: int = 0    # experts that see every token, beside those
+    moe_balance: str = 'aux'    # what keeps all experts in use: 'aux' (a loss) | 'bias' (of the choice) | 'none'
     moe_every: int = 1          # 1 = every layer has experts, 2 = every other layer stays dense
     tie_weights: bool = True    # the output head is the token embedding
     causal: bool = True         # False = a bidirectional encoder
@@ -44,7 +46,7 @@ class GPTConfig:
 
     def __post_init__(self):
         for name, allowed in (('norm', NORM), ('pos', ('learned', 'sinusoidal', 'rope')), ('mlp', ACT),
-                              ('attn', ('auto', 'sdpa', 'manual'))):
+                              ('attn', ('auto', 'sdpa', 'manual')), ('moe_balance', ('aux', 'bias', 'none'))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f'{name} must be one of {", ".join(allowed)}; got {getattr(self, name)!r}')
         for least, names in ((1, ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'moe_every')),
@@ -71,6 +73,8 @@ class GPTConfig:
             raise ValueError(f'causal False sees everything: window {self.window} and n_sink {self.n_sink} must be 0')
         if self.n_expert and not 1 <= self.n_expert_active <= self.n_expert:
             raise ValueError(f'n_expert_active {self.n_expert_active} must be from 1 to n_expert {self.n_expert}')
+        if self.n_shared_expert and not 0 < self.n_shared_expert * self.n_expert:
+            raise ValueError(f'n_shared_expert {self.n_shared_expert} must be 0 or go with n_expert {self.n_expert}')
         if self.n_expert and self.moe_every > self.n_layer:
             raise ValueError(f'moe_every {self.moe_every} must be from 1 to n_layer {self.n_layer}')
 
@@ -195,8 +199,9 @@ def local_attention(q, k, v, window, n_sink, dropout=0.0):
     return y.unflatten(0, (n, B)).movedim(0, 2).flatten(2, 3)[:, :, :T]  # (B, nh, T, hs)
 
 # What the layers of one forward pass share: rotations of queries and keys, the rotation in which queries
-# see the sinks when it differs, and who sees whom (None = PyTorch's own is_causal, or no mask, says it).
-Shared = namedtuple('Shared', 'rope sink_rope is_sink mask local fused')
+# see the sinks when it differs, who sees whom (None = PyTorch's own is_causal, or no mask, says it), and which
+# tokens are no padding (None = all).
+Shared = namedtuple('Shared', 'rope sink_rope is_sink mask local fused real')
 
 class Attention(nn.Module):
     """Multi-head self-attention, n_head=1 being the single head. (B, T, C) -> (B, T, C)"""
@@ -263,30 +268,43 @@ class SwiGLU(nn.Module):
         return self.dropout(self.c_proj(F.silu(gate) * up))
 
 class MoE(nn.Module):
-    """Mixture of experts in the place of an MLP (arXiv 2401.04088): a router sends each token to its
-    n_expert_active best experts and mixes what they return by the softmax over those. No token is dropped.
-
-    After a forward pass `aux` is the load-balancing loss of arXiv 2101.03961, equation 4: E * the sum over
-    experts of (share of tokens) * (mean probability); 1 when perfectly even."""
+    """Mixture of experts in the place of an MLP: a router sends each token to its n_expert_active best experts, which
+    are mixed by the softmax over those (Mixtral, arXiv 2401.04088). Over a single one it would be 1, and teach the
+    router nothing: there it is the softmax over all (Switch, arXiv 2101.03961). n_shared_expert more see every token
+    (DeepSeekMoE, arXiv 2401.06066). No token is dropped. The balancing loss, if asked for, is 1 when all is even."""
     def __init__(self, config):
         super().__init__()
-        self.n_active = config.n_expert_active
-        self.router = nn.Linear(config.n_embd, config.n_expert, bias=False)
-        self.experts = nn.ModuleList(FFN[config.mlp](config) for _ in range(config.n_expert))
-        self.aux = None
+        c, self.n_active, self.has_aux = config, config.n_expert_active, config.moe_balance == 'aux'
+        self.router = nn.Linear(c.n_embd, c.n_expert, bias=False)
+        self.experts = nn.ModuleList(FFN[c.mlp](c) for _ in range(c.n_expert))
+        self.shared = nn.ModuleList(FFN[c.mlp](c) for _ in range(c.n_shared_expert))
+        self.register_buffer('bias', torch.zeros(c.n_expert) if c.moe_balance == 'bias' else None)
+        self.aux = self.z = None  # losses of the last forward pass
+        self.tally = 0.0          # training tokens of each expert and the sum of their entropies, until GPT.balance
 
-    def forward(self, x):
-        tokens = x.flatten(0, 1)                                      # (N, C)
+    def __getstate__(self):  # copy.deepcopy refuses tensors of a graph
+        return self.__dict__ | {'aux': None, 'z': None}
+
+    def forward(self, x, real=None):
+        """(B, T, C) -> (B, T, C). Padding, where real (B, T) is False, counts in no loss and no statistic."""
+        tokens, E = x.flatten(0, 1), len(self.experts)                # (N, C)
         logits = self.router(tokens).float()                          # (N, E)
-        best, chosen = logits.topk(self.n_active)                     # (N, active)
-        weight = best.softmax(dim=-1).to(x.dtype)
-        out = torch.zeros_like(tokens)
-        for e, expert in enumerate(self.experts):
-            token, rank = (chosen == e).nonzero(as_tuple=True)
-            out = out.index_add(0, token, expert(tokens[token]) * weight[token, rank, None])
-        share = F.one_hot(chosen, len(self.experts)).float().mean((0, 1))
-        self.aux = len(self.experts) * (share * logits.softmax(dim=-1).mean(0)).sum()
-        return out.view_as(x)
+        probs = logits.softmax(dim=-1)
+        # the bias has a say in who is chosen, none in how much the chosen count (arXiv 2408.15664)
+        chosen = (logits if self.bias is None else probs + self.bias).topk(self.n_active).indices  # (N, active)
+        gate = probs.gather(1, chosen) if self.n_active == 1 else logits.gather(1, chosen).softmax(dim=-1)
+        order = chosen.flatten().argsort(stable=True)                 # pairs of token and expert, by expert
+        token, sizes = order // self.n_active, chosen.flatten().bincount(minlength=E).tolist()
+        y = torch.cat([expert(part) for expert, part in zip(self.experts, tokens.index_select(0, token).split(sizes))])
+        out = torch.zeros_like(tokens).index_add(0, token, (y * gate.flatten()[order, None]).to(x.dtype))
+        if real is not None:
+            logits, probs, chosen = (t[real.flatten()] for t in (logits, probs, chosen))
+        load = F.one_hot(chosen, E).sum((0, 1)).float()               # (E,)
+        if self.training:
+            self.tally = self.tally + torch.cat((load, torch.special.entr(probs.detach()).sum()[None]))
+        self.aux = E * (load / load.sum() * probs.mean(0)).sum() if self.has_aux else None  # 2101.03961, equation 4
+        self.z = logits.logsumexp(dim=-1).square().mean()             # arXiv 2202.08906, equation 5
+        return sum((expert(tokens) for expert in self.shared), out).view_as(x)
 
 FFN = {'gelu': MLP, 'gelu_tanh': MLP, 'relu2': MLP, 'swiglu': SwiGLU}
 
@@ -302,7 +320,8 @@ class Block(nn.Module):
 
     def forward(self, x, shared, cache=None):
         x = x + self.attn(self.ln_1(x), shared, cache)
-        return x + self.mlp(self.ln_2(x))
+        h = self.ln_2(x)
+        return x + (self.mlp(h, shared.real) if isinstance(self.mlp, MoE) else self.mlp(h))
 
 # -----------------------------------------------------------------------------
 # The model
@@ -319,6 +338,7 @@ class GPT(nn.Module):
             self.wpe = nn.Embedding(c.block_size, c.n_embd)
         self.drop = nn.Dropout(c.dropout)
         self.h = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
+        self.moes = {layer: block.mlp for layer, block in enumerate(self.h) if isinstance(block.mlp, MoE)}
         self.ln_f = NORM[c.norm](c.n_embd, c)
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie_weights:
@@ -333,10 +353,9 @@ class GPT(nn.Module):
 
     def n_params(self, active=False):
         """Parameters, the tied head counted once; active=True: of those a token goes through."""
-        idle = 0
-        for moe in (m for m in self.modules() if isinstance(m, MoE) and active):
-            idle += (len(moe.experts) - moe.n_active) * sum(p.numel() for p in moe.experts[0].parameters())
-        return sum(p.numel() for p in self.parameters()) - idle
+        idle = [(len(moe.experts) - moe.n_active) * sum(p.numel() for p in moe.experts[0].parameters())
+                for moe in self.moes.values()]
+        return sum(p.numel() for p in self.parameters()) - sum(idle) * active
 
     def flops_per_token(self, T):
         """Floating-point operations to train on one token in a context of T, forward and backward
@@ -350,8 +369,8 @@ class GPT(nn.Module):
     @torch.compiler.disable  # or the compiler works out angles and mask anew for every head, in every layer
     def share(self, idx, cache, pos):
         """The positions (B or 1, T) of a forward pass, and what follows from them for all its layers."""
-        c, (B, T) = self.config, idx.shape
-        plain = cache is None and pos is None
+        c, T = self.config, idx.size(1)
+        plain, real = cache is None and pos is None, None if pos is None else pos >= 0
         if pos is None:
             pos = torch.arange(T, device=idx.device)[None]            # (1, T)
             pos = pos if cache is None else cache.length[:, None] + pos
@@ -374,7 +393,7 @@ class GPT(nn.Module):
         rope = rope_table(pos, c.head_dim, c.rope_base) if c.pos == 'rope' else None
         sink_rope = rope_table(pos.clamp(max=c.block_size - 1), c.head_dim, c.rope_base) if slides else None
         is_sink = (k_pos < c.n_sink)[:, None, :, None] if slides else None
-        return pos, Shared(rope, sink_rope, is_sink, mask, local, fused)
+        return pos, Shared(rope, sink_rope, is_sink, mask, local, fused, real)
 
     def hidden(self, idx, cache=None, pos=None):
         """The trunk: idx (B, T) -> hidden states (B, T, C) after the final norm, which heads read.
@@ -404,10 +423,27 @@ class GPT(nn.Module):
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
-    def aux_loss(self):
-        """The mean load-balancing loss of the last forward pass's mixture-of-experts layers; 0 if dense."""
-        losses = [m.aux for m in self.modules() if isinstance(m, MoE) and m.aux is not None]
-        return sum(losses) / len(losses) if losses else torch.zeros((), device=self.wte.weight.device)
+    def aux_loss(self, kind='aux'):
+        """The balancing loss of the last forward pass, the mean over its mixture-of-experts layers; 0 if there are
+        none, or if moe_balance is not 'aux'. kind 'z': the routers' z-loss, which keeps their logits small."""
+        losses = [getattr(moe, kind) for moe in self.moes.values() if getattr(moe, kind) is not None]
+        return torch.stack(losses).mean() if losses else torch.zeros((), device=self.wte.weight.device)
+
+    @torch.no_grad()
+    def balance(self, bias_rate):
+        """Once a step, after its micro-batches: by moe_balance 'bias', experts that had more than their share of
+        its tokens, on all ranks, become less likely to be chosen, others more. Returns what to log, as tensors."""
+        tally = torch.stack([moe.tally for moe in self.moes.values()])  # (layers, E + 1)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(tally)
+        load, entropy = tally[:, :-1], tally[:, -1].mean() * self.config.n_expert_active / tally[0, :-1].sum()
+        for moe, tokens in zip(self.moes.values(), load):
+            moe.tally = 0.0
+            if moe.bias is not None:
+                moe.bias += bias_rate * (tokens.mean() - tokens).sign()
+        share = load / load.sum(1, keepdim=True)
+        return {'moe_imbalance': share.max() * load.size(1), 'moe_entropy': entropy,  # the worst; a token's, in nats
+                **{f'moe/layer_{n}/expert_{e}': s for n, row in zip(self.moes, share) for e, s in enumerate(row)}}
 
     def optimizers(self, optimizer, learning_rate, weight_decay, betas, muon_lr=0.02, muon_momentum=0.95):
         """The optimizers that together train all parameters: ['adamw'], or with 'muon' Muon for the matrices
@@ -421,8 +457,7 @@ class GPT(nn.Module):
         rest = [p for n, p in params.items() if n not in muon]
         groups = [{'params': [p for p in rest if p.dim() > 1], 'weight_decay': weight_decay},
                   {'params': [p for p in rest if p.dim() < 2], 'weight_decay': 0.0}]
-        kind = self.wte.weight.device.type
-        made = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=kind in ('cuda', 'cpu'))]
+        made = [torch.optim.AdamW(groups, learning_rate, betas, fused=self.wte.weight.device.type in ('cuda', 'cpu'))]
         if muon:
             made.append(Muon([params[n] for n in muon], lr=muon_lr, momentum=muon_momentum, weight_decay=weight_decay))
         for group in (g for o in made for g in o.param_groups):

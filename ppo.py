@@ -17,7 +17,6 @@ from dataclasses import asdict
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.nn import functional as F
 from bpe import printable
 from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, one_of, parallel,
                           peak_memory_mb, resume, rng, save_checkpoint, seed_for, start_run)

@@ -61,9 +61,13 @@ qk_norm = True                     # RMSNorm on queries and keys
 window = 0                         # a token sees the last `window` tokens; 0 = all
 n_sink = 0                         # first tokens that stay visible behind the window
 n_expert = 0                       # experts a layer (mixture of experts); 0 = dense
-n_expert_active = 2                # experts a token goes through
+n_expert_active = 2                # experts a token is sent to
+n_shared_expert = 0                # experts that see every token, beside those
 moe_every = 1                      # 2 = every other layer stays dense
-moe_aux_weight = 0.01              # weight of the load-balancing loss
+moe_balance = 'aux'                # what keeps all experts in use: 'aux' (a loss) | 'bias' (of the choice) | 'none'
+moe_aux_weight = 0.01              # weight of the loss of 'aux'
+moe_bias_rate = 0.01               # how far 'bias' moves in a step; 0.001 in runs of many thousands
+moe_z_weight = 0.001               # weight of the loss that keeps the routers' logits small
 tie_weights = True                 # the output head is the token embedding
 attn = 'auto'                      # 'auto' | 'sdpa' (PyTorch's fused attention) | 'manual' (by hand)
 # optimizer and schedule
@@ -96,8 +100,7 @@ def get_batch(data, starts, block_size, vocab_size):
         row, column = np.unravel_index(tokens.argmax(), tokens.shape)
         raise ValueError(f'{data.filename}: token {tokens.max()} at offset {int(starts[row]) + column}, but the '
                          f'vocabulary has {vocab_size}; prepare the dataset again')
-    tokens = torch.from_numpy(tokens)
-    return tokens[:, :-1], tokens[:, 1:]
+    return torch.from_numpy(tokens[:, :-1]), torch.from_numpy(tokens[:, 1:])
 
 def batch_starts(n_tokens, step, config):
     """Where the sequences of a step begin, for all ranks together: a function of (seed, step) alone."""
@@ -139,14 +142,10 @@ if __name__ == "__main__":
     first, best_val_loss = checkpoint.get('step', 0), checkpoint.get('best_val_loss', math.inf)
     sequences = gradient_accumulation_steps * batch_size  # a step's, over all ranks
     run = start_run(config, flops=model.flops_per_token(block_size) * sequences * block_size * (max_iters - first))
-    if sequences % run.world:
-        raise ValueError(f'gradient_accumulation_steps {gradient_accumulation_steps} * batch_size {batch_size} '
-                         f'sequences cannot be shared by {run.world} ranks; make them a multiple of {run.world}')
-    model.to(run.device)
-    optimizers = model.optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), muon_lr)
+    optimizers = model.to(run.device).optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), muon_lr)
     for o, old in zip(optimizers, checkpoint.get('optimizer', [])):  # the moments, under this run's settings
         o.load_state_dict({'state': old['state'], 'param_groups': o.state_dict()['param_groups']})
-    trained = parallel(model, run)
+    trained = parallel(model, run, sequences=sequences)
     logger = Logger(f'{out_dir}/eval' if eval_only else out_dir, config, first, run.master)
     stop = StopSignal()
     bytes_per_token = meta['val_bytes'] / meta['val_tokens']
@@ -206,7 +205,7 @@ if __name__ == "__main__":
                 trained.require_backward_grad_sync = i == len(micro_batches) - 1
             with run.autocast:
                 _, micro_loss = trained(x.to(run.device, non_blocking=True), y.to(run.device, non_blocking=True))
-                total = micro_loss + moe_aux_weight * model.aux_loss() if n_expert else micro_loss
+                total = micro_loss + moe_aux_weight * model.aux_loss() + moe_z_weight * model.aux_loss('z')
             run.scaler.scale(total * (len(starts) / len(mine))).backward()
             loss += micro_loss.detach() * (len(starts) / len(mine))
 
@@ -220,6 +219,7 @@ if __name__ == "__main__":
             run.scaler.step(o)
             o.zero_grad(set_to_none=True)
         run.scaler.update()
+        balance = model.balance(moe_bias_rate) if model.config.n_expert else {}
 
         # 6. log
         if step % log_interval == 0:
@@ -230,7 +230,7 @@ if __name__ == "__main__":
         train_seconds += now - last_time
         if step % log_interval == 0:
             logger.log(step, {'loss': loss, 'lr': lr, 'grad_norm': grad_norm.item(), 'ms': 1000 * (now - last_time),
-                              'tokens_per_second': sequences * block_size / (now - last_time)})
+                              'tokens_per_second': sequences * block_size / (now - last_time), **balance})
         last_time = now
 
     # 7. the end

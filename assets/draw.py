@@ -7,16 +7,19 @@ from configurator import load_checkpoint, read_log
 
 def draw(folders, path, labels=None):
     """Draw every logged metric of the runs against the step, a panel each. Runs of one label are one curve, their
-    mean, in a band from the lowest to the highest. Without matplotlib it is said that nothing was drawn."""
+    mean, in a band from the lowest to the highest. Metrics that differ in the end of their names, after a slash, share
+    a panel, one for each label. Without matplotlib it is said that nothing was drawn."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return print(f'{path} not drawn: it needs pip install matplotlib')
-    series = {}  # metric -> label -> step -> values of the runs of that label
+    series = {}  # panel -> curve -> step -> values of the runs of that curve
     for folder, label in zip(folders, labels or folders):
         for record in read_log(folder):
             for key in (k for k, v in record.items() if k not in ('step', 'final') and v is not None):
-                series.setdefault(key, {}).setdefault(label, {}).setdefault(record['step'], []).append(record[key])
+                group, _, part = key.rpartition('/')
+                panel, curve = (f'{group} ({label})' if len(folders) > 1 else group, part) if group else (key, label)
+                series.setdefault(panel, {}).setdefault(curve, {}).setdefault(record['step'], []).append(record[key])
     rows = -(-len(series) // 3)
     figure = Figure(figsize=(15, 3.5 * max(1, rows)), layout='constrained')
     for i, key in enumerate(sorted(series, key=lambda k: ('loss' not in k, k)), 1):
@@ -26,8 +29,8 @@ def draw(folders, path, labels=None):
             line, = axis.plot(steps, [np.mean(v) for v in values], label=label)
             axis.fill_between(steps, [*map(min, values)], [*map(max, values)], alpha=0.2, color=line.get_color())
         axis.grid(alpha=0.3)
-        if i == 1 and len(folders) > 1:
-            axis.legend(fontsize='small')
+        if '/' in key or i == 1 and len(folders) > 1:
+            axis.legend(fontsize='small', ncols=1 + ('/' in key))
     figure.savefig(path, dpi=80)
 
 def compare(folders, picture):

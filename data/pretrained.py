@@ -50,7 +50,10 @@ def config_from(d, **overrides):
     flags |= {flag: fields[flag].type(d[k] or 0) for flag, k in names.items() if k in d}
     if d['model_type'] == 'gpt2':
         flags['mlp'] = 'gelu' if d.get('activation_function') == 'gelu' else 'gelu_tanh'
-    return GPTConfig(**flags | {'window': min(flags['window'], flags['block_size'])} | overrides)
+    c = GPTConfig(**flags | {'window': min(flags['window'], flags['block_size'])} | overrides)
+    if c.n_expert_active == 1 < c.n_expert:
+        raise ValueError('n_expert_active=1: the gate of a single expert is 1 in Mixtral, and here its probability')
+    return c
 
 def named_parts(model, kind):
     """{name in a file of the family: that weight, a view of ours}"""
@@ -134,6 +137,7 @@ def save_pretrained(model, folder, tokenizer=None):
     about |= {'sliding_window': c.window or None} if 'sliding_window' in about else {}
     again = vars(config_from(about, dropout=c.dropout, attn=c.attn))
     free = ('bias', 'qkv_bias', 'rope_base') * (kind == 'gpt2') + ('n_expert_active', 'moe_every') * (not c.n_expert)
+    free += ('moe_balance',) * (not c.n_expert or c.moe_balance != 'bias')  # which is of training alone, but for 'bias'
     odd = [f'{flag}={value!r}' for flag, value in vars(c).items() if value != again[flag] and flag not in free]
     if odd:
         raise ValueError(f'no Hugging Face family has {", ".join(odd)}; the nearest is {kind}')

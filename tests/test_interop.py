@@ -57,7 +57,7 @@ OURS = {
     'qwen2': dict(MODERN, qkv_bias=True),
     'qwen3': dict(MODERN, qk_norm=True, head_dim=8),
     'mixtral': dict(MODERN, n_expert=5, n_expert_active=3),
-    'mixtral with a window': dict(MODERN, n_expert=3, n_expert_active=1, window=5, tie_weights=False),
+    'mixtral with a window': dict(MODERN, n_expert=3, n_expert_active=2, window=5, tie_weights=False),
 }
 IDS = torch.randint(301, (2, 60), generator=torch.Generator().manual_seed(0))
 
@@ -347,6 +347,8 @@ def test_out_and_in_again_is_the_same_to_the_bit(name, tmp_path):
     ("pos='sinusoidal'", dict(pos='sinusoidal')), ("norm='layernorm'", dict(norm='layernorm')),
     ("norm='rmsnorm'", dict(pos='learned', mlp='gelu')), ('n_sink=2', dict(window=8, n_sink=2)),
     ('causal=False', dict(causal=False)), ('moe_every=3', dict(n_expert=4, moe_every=3)),
+    ('n_shared_expert=1', dict(n_expert=4, n_shared_expert=1)),
+    ("moe_balance='bias'", dict(n_expert=4, moe_balance='bias')),
     ('window=8', dict(qk_norm=True, window=8)), ('qkv_bias=True', dict(qk_norm=True, qkv_bias=True)),
     ('qk_norm=True', dict(n_expert=4, qk_norm=True)), ('n_kv_head=2', dict(OLD, n_kv_head=2)),
     ('head_dim=10', dict(OLD, head_dim=10)), ('window=8', dict(OLD, window=8)),
@@ -355,6 +357,16 @@ def test_flags_that_no_family_has_are_named(odd, settings, tmp_path):
     with pytest.raises(ValueError, match=f'no Hugging Face family has .*{odd}'):
         our_model(**dict(MODERN, n_kv_head=6) | settings).save_pretrained(tmp_path / 'model')
     assert not (tmp_path / 'model').exists()
+
+
+def test_a_single_active_expert_which_mixtral_weighs_otherwise_is_refused(folder_of, tmp_path):
+    with pytest.raises(ValueError, match='n_expert_active=1'):
+        GPT.from_pretrained(folder_of('mixtral', edit(num_experts_per_tok=1)))
+    with pytest.raises(ValueError, match='n_expert_active=1'):
+        our_model(**dict(MODERN, n_expert=4, n_expert_active=1)).save_pretrained(tmp_path / 'model')
+    single = our_model(**dict(MODERN, n_expert=1, n_expert_active=1, moe_balance='none'))  # whose weight is 1 for both
+    single.save_pretrained(tmp_path)
+    assert gap(GPT.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)) < 1e-4
 
 
 def test_a_saved_folder_holds_what_it_needs_and_replaces_what_was_there(tmp_path):

@@ -380,75 +380,6 @@ def test_swiglu_has_the_parameters_of_the_mlp_it_replaces(n_embd):
             assert count('swiglu') == 8 * 768 ** 2
 
 
-# Mixture of experts
-
-def test_one_expert_is_the_dense_model():
-    dense, sparse = small_gpt(), small_gpt(n_expert=1, n_expert_active=1, seed=1)
-    state = {name.replace('mlp.', 'mlp.experts.0.'): p for name, p in dense.state_dict().items()}
-    state |= {name: p for name, p in sparse.state_dict().items() if 'router' in name}
-    sparse.load_state_dict(state)
-    assert close(sparse(some_ids(2, 16))[0], dense(some_ids(2, 16))[0], 1e-5)
-
-
-def test_all_experts_active_is_their_sum_weighted_by_the_routers_softmax():
-    layer, x = small_gpt(n_expert=3, n_expert_active=3).h[0].mlp, torch.randn(2, 7, 16)
-    share = torch.softmax(x @ layer.router.weight.T, dim=-1)
-    assert close(layer(x), sum(share[..., e, None] * layer.experts[e](x) for e in range(3)), 1e-5)
-
-
-def moe_that_sends(direction_to_expert, n_active=1):
-    """A layer of 4 experts whose router sends the unit vector i to expert direction_to_expert[i]."""
-    layer = small_gpt(n_expert=4, n_expert_active=n_active).h[0].mlp
-    with torch.no_grad():
-        layer.router.weight.zero_()
-        for direction, expert in enumerate(direction_to_expert):
-            layer.router.weight[expert, direction] = 30.0
-    return layer, torch.eye(16)[None, :4]
-
-
-def test_the_balancing_loss_is_1_when_even_and_the_number_of_experts_when_all_go_to_one():
-    for sends, expected in (([0, 1, 2, 3], 1), ([3, 1, 0, 2], 1), ([0, 0, 1, 1], 2), ([2, 2, 2, 2], 4)):
-        layer, x = moe_that_sends(sends)
-        layer(x)
-        assert abs(layer.aux.item() - expected) < 1e-5
-
-
-def test_the_balancing_loss_is_its_papers_formula_averaged_over_layers():
-    model = small_gpt(n_expert=4, n_expert_active=2)
-    losses = []
-    for block in model.h:
-        x = torch.randn(3, 5, 16)
-        block.mlp(x)
-        logits = linear(block.mlp.router, x.reshape(15, 16).double().numpy())
-        tokens, probability = np.zeros(4), np.zeros(4)
-        for row in logits:
-            tokens[np.argsort(-row)[:2]] += 1 / (2 * 15)
-            probability += softmax(row) / 15
-        losses.append(4 * (tokens * probability).sum())
-        assert abs(block.mlp.aux.item() - losses[-1]) < 1e-5 and losses[-1] > 1
-    assert abs(model.aux_loss().item() - np.mean(losses)) < 1e-5
-    assert small_gpt().aux_loss() == 0
-
-
-def test_gradients_reach_the_router_and_the_chosen_experts_alone():
-    layer = small_gpt(n_expert=4).h[0].mlp
-    x = torch.randn(1, 1, 16)
-    chosen = linear(layer.router, x[0].double().numpy())[0].argsort()[-2:]
-    layer(x).square().sum().backward()
-    for e, expert in enumerate(layer.experts):
-        assert all((p.grad.abs().max() > 1e-4) == (e in chosen) for p in expert.parameters())
-    assert [row.abs().max() > 1e-6 for row in layer.router.weight.grad] == [e in chosen for e in range(4)]
-    layer.router.weight.grad = None
-    layer(x)
-    layer.aux.backward()
-    assert layer.router.weight.grad.abs().min() > 0  # the balancing loss moves every expert's score
-
-
-def test_experts_stand_in_every_layer_or_in_every_other():
-    kinds = lambda every: [isinstance(b.mlp, MoE) for b in small_gpt(n_layer=4, n_expert=2, moe_every=every).h]
-    assert kinds(1) == [True] * 4 and kinds(2) == [False, True] * 2 and kinds(4) == [False] * 3 + [True]
-
-
 # Loss and start
 
 def test_the_loss_is_the_formula_of_cross_entropy_and_targets_of_minus_1_are_ignored():
@@ -798,7 +729,9 @@ IMPOSSIBLE = [(dict(n_embd=18), 'n_embd 18', 'n_head 4'), (dict(n_kv_head=3), 'n
               (dict(n_expert=2, n_expert_active=3), 'n_expert_active 3', 'n_expert 2'),
               (dict(n_expert=2, n_expert_active=0), 'n_expert_active 0', 'n_expert 2'),
               (dict(n_expert=2, moe_every=3), 'moe_every 3', 'n_layer 2'),
-              *((dict([(name, 'best')]), name, "got 'best'") for name in ('norm', 'pos', 'mlp', 'attn')),
+              (dict(n_shared_expert=1), 'n_shared_expert 1', 'n_expert 0'),
+              (dict(n_expert=2, n_shared_expert=-1), 'n_shared_expert -1', 'n_expert 2'),
+              *((dict([(name, 'best')]), name, "got 'best'") for name in ('norm', 'pos', 'mlp', 'attn', 'moe_balance')),
               *((dict([(name, 0)]), name, 'got 0') for name in
                 ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'moe_every')),
               *((dict([(name, -1)]), name, 'got -1') for name in

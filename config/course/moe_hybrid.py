@@ -1,0 +1,13 @@
+# A hybrid: experts in every other layer, a dense MLP as wide as one of them in the others. The width is such that the
+# active parameters are still those of the default run: of two layers 344 + 2 * 344, there 512 + 512.
+# python train.py config/course/moe_hybrid.py
+# python configurator.py out/moe out/moe_hybrid
+#
+# Result of one seed (three to come): 4.429 after --max_iters=150, better than experts in every layer (4.466).
+
+out_dir = 'out/moe_hybrid'
+n_expert = 8
+n_expert_active = 2
+n_hidden = 344
+moe_every = 2
+moe_balance = 'aux'
