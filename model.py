@@ -83,10 +83,11 @@ class Linear(nn.Linear):
     and emulates bfloat16, which takes a third of the time when widened to float32 a few rows at a time."""
     def forward(self, x):
         w, n_token = self.weight, x.numel() // self.in_features
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu') or not w.is_cpu:
+            return super().forward(x)
         cores = math.gcd(torch.get_num_threads(), self.out_features)  # that can share the rows of w evenly
         widen = w.dtype == torch.bfloat16
-        faster = n_token > 2 if widen else cores > 1 and n_token <= 64
-        if not faster or not w.is_cpu or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'):
+        if not (n_token > 2 if widen else cores > 1 and n_token <= 64):
             return super().forward(x)
         xt = x.reshape(n_token, self.in_features).T                   # (in, N)
         if widen:
