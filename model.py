@@ -513,11 +513,8 @@ class GPT(nn.Module):
                         pos = torch.where(real, start + real.cumsum(1) - 1, -1)
                     h = self.hidden(chunk, cache, pos)
                 logits = self.lm_head(h[:, -1]).float()
-                if temperature:
-                    probs = sampling_probs(logits, temperature, top_k, top_p)
-                    fresh = torch.multinomial(probs, 1, generator=generator)
-                else:
-                    fresh = logits.argmax(-1, keepdim=True)
+                fresh = logits.argmax(-1, keepdim=True) if temperature == 0 else torch.multinomial(
+                    sampling_probs(logits, temperature, top_k, top_p), 1, generator=generator)
                 fresh = fresh.masked_fill(ended[:, None], -1)
                 ragged = ragged or bool(ended.any())
                 idx = torch.cat((idx, fresh), dim=1) if cache is None or c.pos == 'learned' else idx
