@@ -82,6 +82,26 @@ NORM = {'layernorm': lambda size, c: nn.LayerNorm(size, c.norm_eps, bias=c.bias)
         'rmsnorm': lambda size, c: nn.RMSNorm(size, c.norm_eps)}  # arXiv 1910.07467
 ACT = {'gelu': F.gelu, 'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'), 'relu2': lambda x: F.relu(x).square(), 'swiglu': F.silu}
 
+class Linear(nn.Linear):
+    """nn.Linear with a faster way where a CPU generates: PyTorch multiplies a matrix by one token on a single core,
+    and emulates bfloat16, which takes a third of the time when widened to float32 a few rows at a time."""
+    def forward(self, x):
+        w, n_token = self.weight, x.numel() // self.in_features
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu') or not w.is_cpu:
+            return super().forward(x)
+        cores = math.gcd(torch.get_num_threads(), self.out_features)  # that can share the rows of w evenly
+        widen = w.dtype == torch.bfloat16
+        if not (n_token > 2 if widen else cores > 1 and n_token <= 64):
+            return super().forward(x)
+        xt = x.reshape(n_token, self.in_features).T                   # (in, N)
+        if widen:
+            xt = xt.float()
+            y = torch.cat([rows.float() @ xt for rows in w.split(384)]).to(w.dtype)
+        else:
+            y = torch.bmm(w.view(cores, -1, self.in_features), xt.expand(cores, -1, -1)).flatten(0, 1)
+        y = y.T.contiguous().view(*x.shape[:-1], self.out_features)   # (out, N) -> (..., out)
+        return y if self.bias is None else y + self.bias
+
 # -----------------------------------------------------------------------------
 # Positions
 
@@ -209,14 +229,14 @@ class Attention(nn.Module):
         super().__init__()
         c = self.config = config
         self.layer = layer
-        self.c_attn = nn.Linear(c.n_embd, (c.n_head + 2 * c.n_kv_head) * c.head_dim, bias=c.bias or c.qkv_bias)
-        self.c_proj = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
+        self.c_attn = Linear(c.n_embd, (c.n_head + 2 * c.n_kv_head) * c.head_dim, bias=c.bias or c.qkv_bias)
+        self.c_proj = Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
         self.resid_dropout = nn.Dropout(c.dropout)
         if c.qk_norm:
             self.q_norm, self.k_norm = (nn.RMSNorm(c.head_dim, c.norm_eps) for _ in range(2))
 
     def forward(self, x, shared, cache=None):
-        c = self.config
+        c, (B, T, _) = self.config, x.shape
         q, k, v = (t.unflatten(-1, (-1, c.head_dim)).transpose(1, 2) for t in self.c_attn(x).split(  # (B, heads, T, hs)
             [n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)], dim=-1))
         if c.qk_norm:
@@ -234,8 +254,10 @@ class Attention(nn.Module):
             y = local_attention(q, k, v, c.window, c.n_sink, dropout)
         elif shared.fused:
             mask = shared.mask if shared.mask is None or shared.mask.dim() == 2 else shared.mask[:, None]
+            if T == 1:  # the queries that share a key stand as if they were tokens, which a CPU is faster at
+                q = q.reshape(B, c.n_kv_head, -1, q.size(-1))
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and c.causal,
-                                               enable_gqa=c.n_head != c.n_kv_head)
+                                               enable_gqa=q.size(1) != c.n_kv_head).reshape(B, c.n_head, T, -1)
         else:
             y = attention(q, k, v, shared.mask, dropout)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # (B, T, nh*hs) -> (B, T, C)
@@ -248,8 +270,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.act = ACT[config.mlp]
-        self.c_fc = nn.Linear(config.n_embd, config.n_hidden, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, config.n_hidden, bias=config.bias)
+        self.c_proj = Linear(config.n_hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -259,8 +281,8 @@ class SwiGLU(nn.Module):
     """silu(x W) * (x V), then narrow (arXiv 2002.05202, equation 6). W and V stand in one matrix."""
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 2 * config.n_hidden, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 2 * config.n_hidden, bias=config.bias)
+        self.c_proj = Linear(config.n_hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -340,7 +362,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
         self.moes = {layer: block.mlp for layer, block in enumerate(self.h) if isinstance(block.mlp, MoE)}
         self.ln_f = NORM[c.norm](c.n_embd, c)
-        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        self.lm_head = Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie_weights:
             self.lm_head.weight = self.wte.weight
         # initialisation: N(0, 0.02), zero biases, and as GPT-2 does, what is added to the residual stream
@@ -525,8 +547,9 @@ class GPT(nn.Module):
                         start = 0 if cache is None else cache.length[:, None]
                         pos = torch.where(real, start + real.cumsum(1) - 1, -1)
                     h = self.hidden(chunk, cache, pos)
-                probs = sampling_probs(self.lm_head(h[:, -1]).float(), temperature, top_k, top_p)
-                fresh = torch.multinomial(probs, 1, generator=generator) if temperature else probs.argmax(-1, True)
+                logits = self.lm_head(h[:, -1]).float()
+                fresh = logits.argmax(-1, keepdim=True) if temperature == 0 else torch.multinomial(
+                    sampling_probs(logits, temperature, top_k, top_p), 1, generator=generator)
                 fresh = fresh.masked_fill(ended[:, None], -1)
                 ragged = ragged or bool(ended.any())
                 idx = torch.cat((idx, fresh), dim=1) if cache is None or c.pos == 'learned' else idx

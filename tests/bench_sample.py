@@ -24,23 +24,29 @@ def seconds(run, repeat=3):
         times.append(time.perf_counter() - start)
     return min(times[1:])
 
-def decode(n_prompt=32, n_new=32):
-    """Tokens a second of greedy decoding, prompt included, with each library's own cache."""
+def decode(n_prompt=32):
+    """Tokens a second of greedy decoding, prompt included, with each library's own cache; beside it what a plain
+    read of memory reaches, for a token at batch 1 reads every weight once."""
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
     theirs = LlamaForCausalLM(LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3, max_position_embeddings=2048, tie_word_embeddings=True)).eval()
     ours = GPT(GPTConfig(**LLAMA_135M)).eval()
+    numbers = torch.ones(ours.n_params())
+    print(f'a plain read of memory: {numbers.nbytes / seconds(numbers.sum) / 1e9:.1f} GB/s', flush=True)
     for dtype in (torch.float32, torch.bfloat16):
         ours.to(dtype), theirs.to(dtype)
+        weights = ours.n_params() * dtype.itemsize / 1e9
         for batch in (1, 16):
+            n_new = 4 if (dtype, batch) == (torch.bfloat16, 16) else 32  # where theirs is emulated: minutes
             idx = torch.randint(49152, (batch, n_prompt))
             t_ours = seconds(lambda: ours.generate(idx, n_new, temperature=0))
             t_theirs = seconds(lambda: theirs.generate(idx, max_new_tokens=n_new, min_new_tokens=n_new, do_sample=False,
                                                        pad_token_id=0, attention_mask=torch.ones_like(idx)))
             print(f'{str(dtype)[6:]:>9}, batch {batch:>2}: ours {batch * n_new / t_ours:8.1f} tokens/s, transformers '
-                  f'{batch * n_new / t_theirs:8.1f}, ratio {t_theirs / t_ours:.2f}', flush=True)
+                  f'{batch * n_new / t_theirs:8.1f}, ratio {t_theirs / t_ours:.2f}, '
+                  f'weights read at {weights * n_new / t_ours:.1f} and {weights * n_new / t_theirs:.1f} GB/s', flush=True)
 
 def stream(n=10_050):
     """Milliseconds a token around the 1,000th and the 10,000th of one endless text, through the same small cache."""

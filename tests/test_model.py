@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import (GPT, GPTConfig, MoE, Muon, ScalarHead, attention, local_attention, orthogonalize, rope_table,
-                   rotate, sampling_probs, sinusoidal, visible)
+from model import (GPT, GPTConfig, Linear, MoE, Muon, ScalarHead, attention, local_attention, orthogonalize,
+                   rope_table, rotate, sampling_probs, sinusoidal, visible)
 
 SMALL = dict(block_size=16, vocab_size=11, n_layer=2, n_head=4, n_embd=16)
 GPT2 = dict(norm='layernorm', pos='learned', mlp='gelu', bias=True)
@@ -368,6 +368,25 @@ def test_relu2_and_both_gelus_are_their_papers_formulas():
     h = x @ tanh.c_fc.weight.T
     near = h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h ** 3))) / 2
     assert close(tanh(x), near @ tanh.c_proj.weight.T, 1e-5)
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize('n_out', [400, 11])  # more rows than are widened at once; rows that two cores cannot share
+@pytest.mark.parametrize('bias', [True, False])
+def test_without_gradients_a_linear_layer_is_the_same_product(dtype, tolerance, n_out, bias):
+    torch.manual_seed(0)
+    layer, before = Linear(24, n_out, bias=bias).to(dtype), torch.get_num_threads()
+    try:
+        for threads, shape in itertools.product((1, 2), [(1, 24), (1, 1, 24), (2, 1, 24), (0, 24), (3, 5, 24), (70, 24)]):
+            torch.set_num_threads(threads)
+            x = torch.randn(shape, dtype=dtype)
+            expected = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
+            with torch.no_grad():
+                y = layer(x)
+            assert y.dtype == dtype and y.is_contiguous() and layer(x).dtype == dtype
+            assert y.numel() == 0 == expected.numel() or close(y, expected, tolerance)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize('n_embd', [16, 64, 120, 768, 4096])
