@@ -90,13 +90,11 @@ class Linear(nn.Linear):
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu') or not w.is_cpu:
             return super().forward(x)
         cores = math.gcd(torch.get_num_threads(), self.out_features)  # that can share the rows of w evenly
-        widen = w.dtype == torch.bfloat16
-        if not (n_token > 2 if widen else cores > 1 and n_token <= 64):
+        if not (n_token > 2 if w.dtype == torch.bfloat16 else cores > 1 and n_token <= 64):
             return super().forward(x)
         xt = x.reshape(n_token, self.in_features).T                   # (in, N)
-        if widen:
-            xt = xt.float()
-            y = torch.cat([rows.float() @ xt for rows in w.split(384)]).to(w.dtype)
+        if w.dtype == torch.bfloat16:
+            y = torch.cat([rows.float() @ xt.float() for rows in w.split(384)]).to(w.dtype)
         else:
             y = torch.bmm(w.view(cores, -1, self.in_features), xt.expand(cores, -1, -1)).flatten(0, 1)
         y = y.T.contiguous().view(*x.shape[:-1], self.out_features)   # (out, N) -> (..., out)
@@ -141,11 +139,10 @@ def visible(q_pos, k_pos, window, n_sink, causal=True):
 # Attention and its cache
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for every layer, pre-allocated, with the absolute
-    position that each slot holds (-1 = empty). Sinks keep their slots, the rest is a ring:
-    slot = n_sink + (pos - n_sink) % window. The full cache is the case window = block_size.
-    Rows may be of different lengths; the mask reads positions, so the order of slots never matters.
-    """
+    """Keys and values of the tokens seen so far, for every layer, pre-allocated, with the absolute position that each
+    slot holds (-1 = empty). Sinks keep their slots, the rest is a ring: slot = n_sink + (pos - n_sink) % window. The
+    full cache is the case window = block_size. Rows may be of different lengths; the mask reads positions, so the
+    order of slots never matters."""
     def __init__(self, config, window, batch_size, dtype, device):
         c, self.n_sink, self.window = config, config.n_sink, window
         self.n_slot = window + c.n_sink
@@ -274,7 +271,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(config.n_hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
+    def forward(self, x, real=None):
         return self.dropout(self.c_proj(self.act(self.c_fc(x))))
 
 class SwiGLU(nn.Module):
@@ -285,7 +282,7 @@ class SwiGLU(nn.Module):
         self.c_proj = Linear(config.n_hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
+    def forward(self, x, real=None):
         gate, up = self.c_fc(x).chunk(2, dim=-1)
         return self.dropout(self.c_proj(F.silu(gate) * up))
 
@@ -342,8 +339,7 @@ class Block(nn.Module):
 
     def forward(self, x, shared, cache=None):
         x = x + self.attn(self.ln_1(x), shared, cache)
-        h = self.ln_2(x)
-        return x + (self.mlp(h, shared.real) if isinstance(self.mlp, MoE) else self.mlp(h))
+        return x + self.mlp(self.ln_2(x), shared.real)
 
 # -----------------------------------------------------------------------------
 # The model
@@ -410,8 +406,7 @@ class GPT(nn.Module):
         local = plain and c.causal and c.window and T > 2 * c.window and c.attn != 'manual'
         mask = None
         if not local and not (fused and plain and (T <= self.window + c.n_sink or not c.causal)):
-            mask = visible(pos, k_pos, self.window, c.n_sink, c.causal)
-            mask = mask[0] if plain else mask                         # (T, T) or (B, T, S)
+            mask = visible(pos, k_pos, self.window, c.n_sink, c.causal)[0 if plain else ...]  # (T, T) or (B, T, S)
         rope = rope_table(pos, c.head_dim, c.rope_base) if c.pos == 'rope' else None
         sink_rope = rope_table(pos.clamp(max=c.block_size - 1), c.head_dim, c.rope_base) if slides else None
         is_sink = (k_pos < c.n_sink)[:, None, :, None] if slides else None
@@ -441,9 +436,8 @@ class GPT(nn.Module):
         """idx (B, T), targets (B, T) or None -> logits (B, T, V) at every position, and the mean
         cross-entropy in nats a token over the targets that are not -1 (None without targets)."""
         logits = self.lm_head(self.hidden(idx, cache))
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return logits, None if targets is None else F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
     def aux_loss(self, kind='aux'):
         """The balancing loss of the last forward pass, the mean over its mixture-of-experts layers; 0 if there are
@@ -592,16 +586,15 @@ class ScalarHead(nn.Module):
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, h):
-        """h (B, T, C) -> a value for each token (B, T)."""
+        """h (..., C) -> a value for each (...)."""
         return self.proj(h).squeeze(-1)
 
     def score(self, h, real, causal):
         """One score a row (B,), read at the last real token, or, of an encoder, from the mean of all real
         tokens. real (B, T) is False where there is padding."""
-        if not causal:
-            return self(((h * real[..., None]).sum(1) / real.sum(1, keepdim=True))[:, None])[:, 0]
         last = (real * torch.arange(real.size(1), device=h.device)).argmax(1)
-        return self(h[torch.arange(len(h), device=h.device), last][:, None])[:, 0]
+        weight = F.one_hot(last, real.size(1)) if causal else real / real.sum(1, keepdim=True)
+        return self((h * weight[..., None].to(h.dtype)).sum(1))
 
 class RewardModel(nn.Module):
     """A trunk and a ScalarHead: the score of a whole conversation (arXiv 2203.02155, section 3.5). `shift` and
