@@ -226,7 +226,7 @@ def learning_rate_at(step, config):
     """The learning rate of a step: linear warm-up over warmup_iters, then by `lr_schedule` down to min_lr at
     lr_decay_iters (0 = max_iters), where it stays: 'cosine' (arXiv 1608.03983), 'linear', 'wsd' (warm-up, stable,
     decay: flat until the last cooldown_frac, then linear; arXiv 2405.18392), 'constant' (so is decay_lr=False)."""
-    top, low, warmup = config['learning_rate'], config['min_lr'], config['warmup_iters']
+    top, low, warmup = config['learning_rate'], config.get('min_lr', 0.0), config['warmup_iters']
     end = config.get('lr_decay_iters') or config['max_iters']
     kind = config.get('lr_schedule', 'cosine') if config.get('decay_lr', True) else 'constant'
     if step < warmup:
