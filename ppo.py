@@ -70,6 +70,7 @@ kl_stop = 0.1                      # end an iteration's updates where the policy
 # optimizer and schedule
 learning_rate = 3e-4
 critic_lr = 1e-3                   # of a separate critic, and of the value head
+critic_warmup = 4                  # iterations in which only the critic learns, for advantages worth following
 max_iters = 60                     # iterations
 beta1 = 0.9
 beta2 = 0.95
@@ -166,11 +167,12 @@ def measure(policy, reference, idx, mask, batch):
     parts = []
     for rows, seen in zip(idx.split(batch), mask[:, 1:].split(batch)):
         logits, values = policy(rows)
-        logp, ref = logits[:, :-1].log_softmax(-1), (reference(rows.clamp(min=0))[0].float() / temperature)[:, :-1].log_softmax(-1)
+        before, _ = reference(rows.clamp(min=0))
+        logp, ref = logits[:, :-1].log_softmax(-1), (before[:, :-1].float() / temperature).log_softmax(-1)
         taken = rows[:, 1:].clamp(min=0)[..., None]
         entropy, kl = -(logp.exp() * logp).sum(-1), (logp.exp() * (logp - ref)).sum(-1)
-        found = (logp.gather(-1, taken)[..., 0], ref.gather(-1, taken)[..., 0], values[:, :-1], entropy, kl)
-        parts.append([x * seen for x in found])
+        both = (x.gather(-1, taken)[..., 0] for x in (logp, ref))
+        parts.append([x * seen for x in (*both, values[:, :-1], entropy, kl)])
     return [torch.cat(x) for x in zip(*parts)]
 
 def shape(score, ended, length):
@@ -230,7 +232,7 @@ if __name__ == "__main__":
     run = start_run(config, flops=reference.flops_per_token(64) * work)
     for module in (reference, policy, judge_model):
         module is not None and module.to(run.device).eval()
-    value = [p for name, p in policy.named_parameters() if not name.startswith('gpt.') and p.requires_grad]
+    value = [p for name, p in policy.named_parameters() if name.startswith(('value_head', 'critic')) and p.requires_grad]
     groups = [{'params': policy.gpt.parameters(), 'lr_scale': 1.0}, {'params': value, 'lr_scale': critic_lr / (learning_rate or 1)}]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), eps=1e-5, weight_decay=0.0)
     for old in checkpoint.get('optimizer', []):  # the moments, under this run's settings
@@ -252,14 +254,14 @@ if __name__ == "__main__":
         lr = learning_rate_at(step, config)
         for param_group in optimizer.param_groups:
             param_group['lr'] = lr * param_group['lr_scale']
+        optimizer.param_groups[0]['lr'] *= adv != 'gae' or step >= critic_warmup
 
         # 3. save, evaluate, show the same few answers
-        stopping = stop.by_any_rank(run)
-        done = stopping or step >= max_iters
+        stopping, done = stop.by_any_rank(run), step >= max_iters
         if stopping or step > first and (done or step % eval_interval == 0):
             saved = step
             if run.master:
-                save_checkpoint(out_dir, snapshot(step), final=done)
+                save_checkpoint(out_dir, snapshot(step), final=stopping or done)
         if stopping:
             break
         if run.master and (done or step % eval_interval == 0):
@@ -330,13 +332,12 @@ if __name__ == "__main__":
                         dist.all_reduce(seen[-1])
 
         # 8. KL control: the weight follows the distance, an answer's nats, slowly (arXiv 1909.08593, equation 8)
-        n, unexplained, spread = len(idx), (returns - values)[mask > 0].var(), returns[mask > 0].var()
-        record = {'objective/kl': log_ratio.sum() / n, 'objective/kl_exact': exact_kl.sum() / n,
-                  'objective/kl_k3': (((-log_ratio).exp() - 1 + log_ratio) * mask).sum() / n,
-                  'objective/entropy': masked_mean(entropy, mask), 'objective/score': score.mean(),
-                  'objective/gold': gold.mean(), 'objective/non_score_reward': penalty.sum() / n,
-                  'objective/rlhf_reward': (shaped + penalty.sum(1)).mean(), 'response_length': length.mean(),
-                  'ended': ended.float().mean(), 'val/explained_variance': 1 - unexplained / spread.clamp(min=1e-8)}
+        record = {'objective/kl': log_ratio.sum(1).mean(), 'objective/kl_exact': exact_kl.sum(1).mean(),
+                  'objective/kl_k3': (((-log_ratio).exp() - 1 + log_ratio) * mask).sum(1).mean(),
+                  'objective/entropy': masked_mean(entropy, mask), 'response_length': length.mean(), 'objective/score':
+                  score.mean(), 'objective/gold': gold.mean(), 'objective/non_score_reward': penalty.sum(1).mean(),
+                  'objective/rlhf_reward': (shaped + penalty.sum(1)).mean(), 'ended': ended.float().mean(),
+                  'val/explained_variance': 1 - (returns - values)[mask > 0].var() / returns[mask > 0].var().clamp(1e-8)}
         numbers = torch.stack([*record.values()]) / run.world
         if run.world > 1:
             dist.all_reduce(numbers)
