@@ -19,7 +19,7 @@ import torch.nn as nn
 from bpe import printable
 from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, one_of, parallel,
                           peak_memory_mb, resume, rng, save_checkpoint, seed_for, start_run)
-from data.answers import answer, best_of, pad_left, prompt_ids
+from data.answers import answer, best_of, length_chunks, pad_left, prompt_ids
 from data.dataset import endless_order, load_examples, load_gold
 from data.pretrained import load_chat_model, load_reward_model
 from model import ScalarHead
@@ -164,16 +164,14 @@ def rollout(gpt, prompts, end, generator, device):
 def measure(policy, reference, idx, mask, batch):
     """What the policy and the reference say of answers, `batch` rows at a time. All (B, T - 1), 0 where mask is 0:
     log-probabilities of the tokens by both, values, the entropy, and the exact KL over the vocabulary, nats a token."""
-    parts = []
-    for rows, seen in zip(idx.split(batch), mask[:, 1:].split(batch)):
-        logits, values = policy(rows)
-        before, _ = reference(rows.clamp(min=0))
+    found = torch.zeros(5, *idx[:, 1:].shape, device=idx.device)
+    for rows, T in length_chunks(idx, batch):
+        (logits, values), (before, _) = policy(idx[rows, :T]), reference(idx[rows, :T].clamp(min=0))
         logp, ref = logits[:, :-1].log_softmax(-1), (before[:, :-1].float() / temperature).log_softmax(-1)
-        taken = rows[:, 1:].clamp(min=0)[..., None]
+        both = (x.gather(-1, idx[rows, 1:T].clamp(min=0)[..., None])[..., 0] for x in (logp, ref))
         entropy, kl = -(logp.exp() * logp).sum(-1), (logp.exp() * (logp - ref)).sum(-1)
-        both = (x.gather(-1, taken)[..., 0] for x in (logp, ref))
-        parts.append([x * seen for x in (*both, values[:, :-1], entropy, kl)])
-    return [torch.cat(x) for x in zip(*parts)]
+        found[:, rows, :T - 1] = torch.stack((*both, values[:, :-1], entropy, kl)) * mask[rows, 1:T]
+    return found
 
 def shape(score, ended, length):
     """The score (B,) as it is rewarded: clipped, less a penalty for length; missing_end_score where the end is missing."""
@@ -185,10 +183,11 @@ def judge(idx, mask, rows, judge_model):
     gold = torch.full((len(rows),), math.nan)
     for i in range(len(rows) if gold_of else 0):
         gold[i], _ = gold_of(rows[i]['prompt'], tok.decode([t for t in idx[i][mask[i] > 0].tolist() if t != end]))
-    if judge_model is None:
-        return gold, gold
-    with torch.no_grad():
-        return torch.cat([judge_model(part) for part in idx.split(128)]).float().cpu(), gold
+    score = gold.clone()
+    for rows, T in length_chunks(idx, minibatch_size) if judge_model else ():
+        with torch.no_grad():
+            score[rows.cpu()] = judge_model(idx[rows, :T]).float().cpu()
+    return score, gold
 
 def evaluate(policy, tok, rows, draws, run, generator):
     """Figures of the greedy answers to rows beside their gold responses, and of `draws` samples each; the samples as

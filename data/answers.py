@@ -30,6 +30,13 @@ def prompt_ids(prompt, tok):
     """The ids of a user's words, up to where the answer begins."""
     return render_chat([{'role': 'user', 'content': prompt}], tok)[0]
 
+def length_chunks(idx, size):
+    """The rows of idx (B, T), padded with -1 on the right, in the order of length, `size` at a time: (their numbers, the
+    length of the longest), so that little padding is computed."""
+    length = (idx >= 0).sum(1)
+    for rows in length.argsort().split(size):
+        yield rows, int(length[rows].max())
+
 def best_of(judge, tok, conversations, texts):
     """Of several answers to each conversation, which stand side by side in texts, the one that a reward model scores
     highest (best-of-n sampling; arXiv 2009.01325)."""
