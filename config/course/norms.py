@@ -1,0 +1,3 @@
+optimizer = 'adamw'
+learning_rate = 1e-2
+qk_norm = False

@@ -1,0 +1,2 @@
+max_iters = 400
+eval_interval = 100
