@@ -38,7 +38,7 @@ def draw(folders, path, labels=None, metrics='', first=0):
         axis.grid(alpha=0.3)
         if len(series[key]) > 1:
             axis.legend(fontsize='small', ncols=1 + (len(series[key]) > 6))
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80)
 
 def compare(folders, picture, metrics='', first=0):
     """Print the settings in which finished runs differ beside their results, and draw their curves."""

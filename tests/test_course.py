@@ -14,7 +14,7 @@ ITEMS = [f'{part}.{i}' for part, n in enumerate((7, 6, 6, 5, 3, 4, 4, 5), 1) for
 COURSE = open(os.path.join(ROOT, 'README.md'), encoding='utf-8').read().partition('\n## The course\n')[2].partition('\n## ')[0]
 ROWS = [[cell.strip() for cell in line.strip('|').replace(r'\|', '/').split('|')]
         for line in COURSE.splitlines() if re.match(r'\| \d', line)]
-COMMANDS = [part for row in ROWS for code in re.findall('`(.+?)`', row[4]) for part in re.split(';|&&', code)]
+COMMANDS = [code for row in ROWS for code in re.findall('`(.+?)`', row[4])]
 
 
 @functools.cache
@@ -57,6 +57,11 @@ def check_command(words):
             assert re.match(r'--(\w+)=.', word) and word[2:].split('=')[0] in known, words
 
 
+def commands_in(text):
+    """The command lines for python in a text that holds shell commands, loops among them."""
+    return re.findall(r'python [^;`#\n]+', re.sub(r'for \w in [^;]*; do', '', text))
+
+
 def test_all_forty_items_are_there_in_order_each_with_all_its_cells():
     assert [row[0] for row in ROWS] == ITEMS and len(ITEMS) == 40
     assert all(len(row) == 6 and all(row) for row in ROWS)
@@ -68,16 +73,17 @@ def test_code_and_test_of_a_row_exist(row):
     assert codes and tests
     for code in codes:
         module, *names = code.split('.')
-        path = next(p for p in (f'{module}.py', f'{module.replace("/", os.sep)}.py') if os.path.isfile(os.path.join(ROOT, p)))
-        assert names and (defined(tree(path), names) or names[0] in read_settings(os.path.join(ROOT, path))), code
+        assert names and defined(tree(f'{module}.py'), names), code
     for test in tests:
         path, _, name = test.partition('::')
         assert defined(tree(path), [name]), test
 
 
 def test_commands_name_scripts_config_files_and_settings_that_exist():
-    assert len(COMMANDS) >= 40
-    for command in COMMANDS:
+    assert len(COMMANDS) == 40
+    before = commands_in(''.join(re.findall('(?m)^    .*\n', COURSE)))
+    assert len(before) >= 5
+    for command in COMMANDS + before:
         check_command(shlex.split(command))
 
 
@@ -90,7 +96,7 @@ def config_files():
 def test_the_commands_in_the_head_of_an_experiment_are_right_and_its_result_is_told(path):
     with open(os.path.join(ROOT, path), encoding='utf-8') as f:
         head = re.match('(?:#.*\n)+', f.read()).group().replace('\\\n#', '').replace('# ', '')
-    commands = re.findall(r'python [^;`\n]+', re.sub(r'for (\w) in (\w+)[^;]*; do', r'', head))
+    commands = commands_in(head)
     assert commands and any(path in command for command in commands) and 'Result' in head
     for command in commands:
         check_command(shlex.split(command))

@@ -3,7 +3,7 @@
 # python train.py config/course/small.py
 # python train.py config/course/small.py config/course/norms.py --norm=layernorm --out_dir=out/layernorm
 #
-# RESULT
+# Result: 2.073 nats a byte (2.990 bits) over all the held-out text, in 14 s on one core, of which half is that evaluation.
 
 out_dir = 'out/small'
 tokenizer = 'byte'
