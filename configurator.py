@@ -96,8 +96,10 @@ def resume(config, fixed):
     restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and os.path.exists(path)
     if config['init_from'] != 'resume' and not restarted:
         return {}
-    checkpoint = load_checkpoint(config['out_dir'])
-    saved = checkpoint['config']
+    checkpoint, script = load_checkpoint(config['out_dir']), os.path.basename(sys.argv[0])
+    saved, made_by = checkpoint['config'], {'dpo': 'reward'}.get(checkpoint.get('stage'), checkpoint.get('stage'))
+    if made_by and f'{made_by}.py' != script:
+        raise ValueError(f'{path} was made by {made_by}.py, not by {script}: resume it there, or name it by --init_from')
     for key in [key for key in config if key in saved and key != 'out_dir']:
         old, new = saved[key], config[key]
         if key not in configure.given or key == 'init_from':
@@ -226,7 +228,7 @@ def learning_rate_at(step, config):
     """The learning rate of a step: linear warm-up over warmup_iters, then by `lr_schedule` down to min_lr at
     lr_decay_iters (0 = max_iters), where it stays: 'cosine' (arXiv 1608.03983), 'linear', 'wsd' (warm-up, stable,
     decay: flat until the last cooldown_frac, then linear; arXiv 2405.18392), 'constant' (so is decay_lr=False)."""
-    top, low, warmup = config['learning_rate'], config['min_lr'], config['warmup_iters']
+    top, low, warmup = config['learning_rate'], config.get('min_lr', 0.0), config['warmup_iters']
     end = config.get('lr_decay_iters') or config['max_iters']
     kind = config.get('lr_schedule', 'cosine') if config.get('decay_lr', True) else 'constant'
     if step < warmup:
@@ -274,10 +276,10 @@ class Logger:
             print('warning: not logged:', e)
 
     def log(self, step, metrics):
-        """Record {name: number} of a step. A name with a slash is of many that belong together: not for the screen."""
+        """Record {name: number} of a step. The shares of experts, moe/..., are too many for the screen."""
         metrics = {k: float(v) for k, v in metrics.items()}
         self.write({'step': step, **metrics})
-        text = (f'{k} {v:>10{".0f" if abs(v) >= 1000 else ".5g"}}' for k, v in metrics.items() if '/' not in k)
+        text = (f'{k} {v:>10{".0f" if abs(v) >= 1000 else ".5g"}}' for k, v in metrics.items() if not k.startswith('moe/'))
         print(f'step {step:>6}', *text, sep=' | ', flush=True)
         if self.board:
             for k, v in metrics.items():

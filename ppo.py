@@ -6,7 +6,6 @@ going far from where it started (arXiv 1707.06347, 1909.08593, 2203.02155).
     python ppo.py --reward=gold                         the true measure in place of the reward model, to debug
     python ppo.py --adv=rloo                            no critic: each answer against others to the same prompt
     python ppo.py --init_from=resume                    go on after a stop
-    torchrun --standalone --nproc_per_node=8 ppo.py
 
 An iteration is: prompts -> answers -> scores -> advantages -> a few epochs of clipped updates. It departs from the papers
 in this: log-probabilities of the answers are computed anew with the training forward pass, since those of the cache
@@ -71,13 +70,13 @@ kl_stop = 0.1                      # end an iteration's updates where the policy
 # optimizer and schedule
 learning_rate = 3e-4
 critic_lr = 1e-3                   # of a separate critic, and of the value head
+critic_warmup = 4                  # iterations in which only the critic learns, for advantages worth following
 max_iters = 60                     # iterations
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0                    # largest gradient norm; 0 = no clipping
 lr_schedule = 'linear'             # 'cosine' | 'linear' | 'wsd' (warm-up, stable, decay) | 'constant'
 warmup_iters = 0
-min_lr = 0.0
 attn = 'auto'                      # 'auto' | 'sdpa' | 'manual'
 moe_aux_weight = 0.01              # weight of the load-balancing loss, where the model has experts
 # machine
@@ -168,11 +167,12 @@ def measure(policy, reference, idx, mask, batch):
     parts = []
     for rows, seen in zip(idx.split(batch), mask[:, 1:].split(batch)):
         logits, values = policy(rows)
-        logp, ref = logits[:, :-1].log_softmax(-1), (reference(rows.clamp(min=0))[0].float() / temperature)[:, :-1].log_softmax(-1)
+        before, _ = reference(rows.clamp(min=0))
+        logp, ref = logits[:, :-1].log_softmax(-1), (before[:, :-1].float() / temperature).log_softmax(-1)
         taken = rows[:, 1:].clamp(min=0)[..., None]
         entropy, kl = -(logp.exp() * logp).sum(-1), (logp.exp() * (logp - ref)).sum(-1)
-        found = (logp.gather(-1, taken)[..., 0], ref.gather(-1, taken)[..., 0], values[:, :-1], entropy, kl)
-        parts.append([x * seen for x in found])
+        both = (x.gather(-1, taken)[..., 0] for x in (logp, ref))
+        parts.append([x * seen for x in (*both, values[:, :-1], entropy, kl)])
     return [torch.cat(x) for x in zip(*parts)]
 
 def shape(score, ended, length):
@@ -228,20 +228,17 @@ if __name__ == "__main__":
     if checkpoint:
         policy.load_state_dict(checkpoint['policy'])
     first, kl_coef = checkpoint.get('step', 0), checkpoint.get('kl_coef', kl_coef if kl_control != 'none' else 0.0)
-    work = 8 * batch_size * (64 + max_new_tokens) * (max_iters - first)  # forward and backward passes over tokens
+    work = batch_size * 64 * (2 + ppo_epochs) * (max_iters - first)  # tokens, about
     run = start_run(config, flops=reference.flops_per_token(64) * work)
     for module in (reference, policy, judge_model):
         module is not None and module.to(run.device).eval()
-    slow = [*policy.gpt.parameters()]
-    fast = [p for n, p in policy.named_parameters() if not n.startswith('gpt.') and p.requires_grad]
-    optimizer = torch.optim.AdamW([{'params': slow, 'scale': 1.0}, {'params': fast, 'scale': critic_lr / (learning_rate or 1)}],
-                                  lr=learning_rate, betas=(beta1, beta2), eps=1e-5, weight_decay=0.0)
-    if checkpoint:
-        optimizer.load_state_dict({'state': checkpoint['optimizer'][0]['state'],
-                                   'param_groups': optimizer.state_dict()['param_groups']})
+    value = [p for name, p in policy.named_parameters() if name.startswith(('value_head', 'critic')) and p.requires_grad]
+    groups = [{'params': policy.gpt.parameters(), 'lr_scale': 1.0}, {'params': value, 'lr_scale': critic_lr / (learning_rate or 1)}]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), eps=1e-5, weight_decay=0.0)
+    for old in checkpoint.get('optimizer', []):  # the moments, under this run's settings
+        optimizer.load_state_dict({'state': old['state'], 'param_groups': optimizer.state_dict()['param_groups']})
     trained = parallel(policy, run, minibatch_size=minibatch_size, prompts=batch_size // group)
-    logger = Logger(out_dir, config, first, run.master)
-    stop, share = StopSignal(), batch_size // run.world
+    logger, stop, share = Logger(out_dir, config, first, run.master), StopSignal(), batch_size // run.world
     room = max(1, policy.gpt.config.block_size - max_new_tokens)  # a longer prompt is cut on the left
     prompts = [prompt_ids(row['prompt'], tok)[-room:] for row in train_rows]
     before = evaluate(policy, tok, val_rows[:8], 1, run, None)[2] if run.master else []
@@ -251,22 +248,20 @@ if __name__ == "__main__":
                 'policy': policy.state_dict(), 'optimizer': [optimizer.state_dict()], 'config': config,
                 'tokenizer': tok.to_dict(), 'kl_coef': kl_coef}
 
-    began = last_time = time.time()
-    rollout_seconds = train_seconds = 0.0
-    saved = first
+    began, last_time, saved, rollout_seconds, train_seconds = time.time(), time.time(), first, 0.0, 0.0
     for step in range(first, max(first, max_iters) + 1):
         # 2. learning rate
         lr = learning_rate_at(step, config)
-        for g in optimizer.param_groups:
-            g['lr'] = lr * g['scale']
+        for param_group in optimizer.param_groups:
+            param_group['lr'] = lr * param_group['lr_scale']
+        optimizer.param_groups[0]['lr'] *= adv != 'gae' or step >= critic_warmup
 
         # 3. save, evaluate, show the same few answers
-        stopping = stop.by_any_rank(run)
-        done = stopping or step >= max_iters
+        stopping, done = stop.by_any_rank(run), step >= max_iters
         if stopping or step > first and (done or step % eval_interval == 0):
             saved = step
             if run.master:
-                save_checkpoint(out_dir, snapshot(step), final=done)
+                save_checkpoint(out_dir, snapshot(step), final=stopping or done)
         if stopping:
             break
         if run.master and (done or step % eval_interval == 0):
@@ -292,10 +287,8 @@ if __name__ == "__main__":
             score, gold = (x.to(run.device) for x in judge(idx, mask, [train_rows[i] for i in asked], judge_model))
             old_logp, ref_logp, values, entropy, exact_kl = measure(trained, reference, idx, mask, minibatch_size)
         mask = mask[:, 1:].float()                                    # from here on a column is a predicted token
-        length = mask.sum(1)
-        shaped = shape(score, ended, length)
-        log_ratio = old_logp - ref_logp
-        penalty = -kl_coef * log_ratio
+        length, log_ratio = mask.sum(1), old_logp - ref_logp
+        shaped, penalty = shape(score, ended, length), -kl_coef * log_ratio
         last = (mask.cumsum(1) == length[:, None]) & (mask > 0)       # the token that the score stands on
         rewards = (penalty + last * shaped[:, None]) * mask
         rewards = whiten(rewards, mask, keep_mean=True) if whiten_rewards else rewards
@@ -305,8 +298,7 @@ if __name__ == "__main__":
             advantages, returns = compute_gae(rewards, values, mask, gamma, lam)
             advantages = whiten(advantages, mask)
         else:
-            advantages = group_advantages(rewards.sum(1), group_size, adv)[:, None] * mask
-            returns = values
+            advantages, returns = group_advantages(rewards.sum(1), group_size, adv)[:, None] * mask, values
 
         # 7. update: a few epochs of clipped steps over reshuffled minibatches
         seen = []
@@ -332,46 +324,35 @@ if __name__ == "__main__":
                 optimizer.zero_grad(set_to_none=True)
                 run.scaler.update()
                 with torch.no_grad():
-                    moved = logp - old_logp[rows, :T - 1]
-                    ratio = moved.exp()
-                    v_moved = (new_values[:, :-1] - values[rows, :T - 1]).abs()
-                    seen.append(torch.stack([masked_mean(x.detach(), m) for x in (
-                        moved.square() / 2, ratio, ((ratio - 1).abs() > clip_range).float(),
-                        (v_moved > value_clip).float())] + [pg_loss.detach(), vf_loss.detach(), grad_norm]))
+                    moved, v_moved = logp - old_logp[rows, :T - 1], (new_values[:, :-1] - values[rows, :T - 1]).abs()
+                    far = (moved.exp() - 1).abs() > clip_range
+                    found = [masked_mean(x, m) for x in (moved.square() / 2, moved.exp(), far, v_moved > value_clip)]
+                    seen.append(torch.stack([*found, pg_loss, vf_loss, grad_norm]) / run.world)
                     if run.world > 1:
                         dist.all_reduce(seen[-1])
-                        seen[-1] /= run.world
 
         # 8. KL control: the weight follows the distance, an answer's nats, slowly (arXiv 1909.08593, equation 8)
-        n = len(idx)
-        spread = returns[mask > 0].var()
-        numbers = torch.stack([log_ratio.sum() / n, ((-log_ratio).exp() - 1 + log_ratio)[mask > 0].sum() / n,
-                               exact_kl.sum() / n, masked_mean(entropy, mask), score.mean(), gold.mean(), shaped.mean(),
-                               penalty.sum() / n, length.mean(), ended.float().mean(),
-                               1 - (returns - values)[mask > 0].var() / spread if spread > 0 else spread])
+        record = {'objective/kl': log_ratio.sum(1).mean(), 'objective/kl_exact': exact_kl.sum(1).mean(),
+                  'objective/kl_k3': (((-log_ratio).exp() - 1 + log_ratio) * mask).sum(1).mean(),
+                  'objective/entropy': masked_mean(entropy, mask), 'response_length': length.mean(), 'objective/score':
+                  score.mean(), 'objective/gold': gold.mean(), 'objective/non_score_reward': penalty.sum(1).mean(),
+                  'objective/rlhf_reward': (shaped + penalty.sum(1)).mean(), 'ended': ended.float().mean(),
+                  'val/explained_variance': 1 - (returns - values)[mask > 0].var() / returns[mask > 0].var().clamp(1e-8)}
+        numbers = torch.stack([*record.values()]) / run.world
         if run.world > 1:
             dist.all_reduce(numbers)
-            numbers /= run.world
-        used, kl = kl_coef, numbers[2].item()
+        record = dict(zip(record, numbers.tolist())) | {'objective/kl_coef': kl_coef}
         if kl_control == 'adaptive':
-            kl_coef *= 1 + min(0.2, max(-0.2, kl / kl_target - 1)) * batch_size / kl_horizon
+            kl_coef *= 1 + min(0.2, max(-0.2, record['objective/kl_exact'] / kl_target - 1)) * batch_size / kl_horizon
 
         # 9. log
         now = time.time()
         train_seconds, rollout_seconds = train_seconds + now - last_time, rollout_seconds + rollout_time
         if step % log_interval == 0:
-            names = ('objective/kl', 'objective/kl_k3', 'objective/kl_exact', 'objective/entropy', 'objective/score',
-                     'objective/gold', 'objective/shaped_score', 'objective/non_score_reward', 'response_length', 'ended',
-                     'val/explained_variance')
-            record = dict(zip(names, numbers.tolist()))
-            record['objective/rlhf_reward'] = record['objective/shaped_score'] + record['objective/non_score_reward']
-            record['objective/kl_coef'] = used
-            record |= dict(zip(('policy/approxkl', 'val/ratio', 'policy/clipfrac', 'val/clipfrac', 'loss/policy',
-                                'loss/value', 'grad_norm'), torch.stack(seen).mean(0).tolist()))
-            record |= {'val/first_ratio': seen[0][1], 'lr': lr, 'updates': len(seen),
-                       'rollout_share': rollout_time / (now - last_time),
-                       'episodes_per_second': batch_size / (now - last_time)}
-            logger.log(step, record)
+            names = ('policy/approxkl', 'val/ratio', 'policy/clipfrac', 'val/clipfrac', 'loss/policy', 'loss/value', 'grad_norm')
+            logger.log(step, record | dict(zip(names, torch.stack(seen).mean(0).tolist())) | {
+                'val/first_ratio': seen[0][1], 'updates': len(seen), 'lr': lr, 'rollout_share': rollout_time / (now - last_time),
+                'episodes_per_second': batch_size / (now - last_time)})
         last_time = now
 
     # 10. the end: held-out prompts that nobody looked at, before and after

@@ -57,7 +57,6 @@ beta2 = 0.95
 grad_clip = 1.0                    # largest gradient norm; 0 = no clipping
 lr_schedule = 'linear'             # 'cosine' | 'linear' | 'wsd' (warm-up, stable, decay) | 'constant'
 warmup_iters = 20
-min_lr = 0.0
 dropout = 0.0
 attn = 'auto'                      # 'auto' | 'sdpa' | 'manual'
 moe_aux_weight = 0.01              # weight of the load-balancing loss, where the model has experts

@@ -4,6 +4,7 @@ scores tell right from wrong. Each has one right value, so they stand here, for 
 """
 from collections import Counter
 import torch
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from bpe import render_chat
 
@@ -39,6 +40,13 @@ def best_of(judge, tok, conversations, texts):
         with torch.no_grad():
             best.append(said[judge(pad_left([row[-judge.trunk.config.block_size:] for row in rows], device)).argmax()])
     return best
+
+def log_prob(model, idx, mask):
+    """Log-probability, in nats, that a language model gives to the tokens of idx (B, T) where mask is 1, a row's sum
+    (B,). Padding is -1, on the right, where no real token sees it."""
+    logits, _ = model(idx.clamp(min=0))
+    logp = -F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), idx[:, 1:].clamp(min=0).flatten(), reduction='none')
+    return (logp.view_as(idx[:, 1:]) * mask[:, 1:]).sum(1)
 
 def token_f1(said, gold):
     """Harmonic mean of precision and recall of the words that two texts share (SQuAD, arXiv 1606.05250)."""

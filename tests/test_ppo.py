@@ -9,7 +9,7 @@ import torch
 
 import ppo
 from bpe import Tokenizer
-from configurator import load_checkpoint, read_log
+from configurator import load_checkpoint, read_log, save_checkpoint
 from conftest import CPU, call, finish, flags, ok, one_line, start
 from model import GPT, GPTConfig
 
@@ -176,7 +176,7 @@ def test_an_answer_without_an_end_gets_the_penalty_in_place_of_its_score(monkeyp
 # -----------------------------------------------------------------------------
 # The stage
 
-FAST = dict(CPU, max_iters=4, batch_size=16, minibatch_size=8, eval_interval=2, eval_prompts=4, test_prompts=8, test_draws=4,
+FAST = dict(CPU, max_iters=4, critic_warmup=0, batch_size=16, minibatch_size=8, eval_interval=2, eval_prompts=4, test_prompts=8, test_draws=4,
             max_new_tokens=8)
 
 
@@ -280,3 +280,29 @@ def test_a_policy_is_no_reward_model(letters_data, small_sft, tmp_path):
     said = one_line(call('ppo.py', *flags(FAST, dataset=letters_data, init_from=small_sft.folder, out_dir=tmp_path,
                                           reward_model=small_sft.folder)))
     assert 'a sft checkpoint, not a reward model' in said
+
+
+def test_a_hugging_face_folder_goes_through_all_three_stages(letters_data, tmp_path):
+    pytest.importorskip('safetensors')
+    plain = Tokenizer({i: bytes([i]) for i in range(256)}, special={'<|endoftext|>': 256})
+    GPT(GPTConfig(vocab_size=257, block_size=64, n_layer=1, n_head=2, n_kv_head=1, n_embd=32)).save_pretrained(
+        str(tmp_path / 'hf'), plain)
+    how = dict(CPU, dataset=letters_data, max_iters=2, max_new_tokens=8, eval_interval=2)
+    ok(call('reward.py', *flags(how, init_from=tmp_path / 'hf', out_dir=tmp_path / 'reward', batch_size=8)))
+    ok(call('ppo.py', *flags(how, init_from=tmp_path / 'hf', reward_model=tmp_path / 'reward', out_dir=tmp_path / 'ppo',
+                             batch_size=8, minibatch_size=8, eval_prompts=4, test_prompts=8, test_draws=1)))
+    assert load_checkpoint(str(tmp_path / 'ppo'))['model']['wte.weight'].shape == (261, 32)
+
+
+def test_experts_go_through_all_three_stages(letters_data, tmp_path):
+    config = dict(block_size=32, vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_embd=32, n_expert=4, n_expert_active=2)
+    torch.manual_seed(0)
+    save_checkpoint(str(tmp_path / 'base'), {'stage': 'train', 'step': 0, 'model': GPT(GPTConfig(**config)).state_dict(),
+                                             'model_args': config, 'config': {}, 'tokenizer': tok.to_dict()})
+    how = dict(CPU, dataset=letters_data, max_iters=3, max_new_tokens=8, eval_interval=3)
+    judged = dict(eval_prompts=4, test_prompts=8, test_draws=1)
+    ok(call('sft.py', *flags(how, init_from=tmp_path / 'base', out_dir=tmp_path / 'sft', batch_size=8, **judged)))
+    ok(call('reward.py', *flags(how, init_from=tmp_path / 'sft', out_dir=tmp_path / 'reward', batch_size=8)))
+    ok(call('ppo.py', *flags(how, init_from=tmp_path / 'sft', reward_model=tmp_path / 'reward', out_dir=tmp_path / 'ppo',
+                             batch_size=8, minibatch_size=8, **judged)))
+    assert metrics(tmp_path / 'ppo')[0]['val/first_ratio'] == pytest.approx(1, abs=1e-5)

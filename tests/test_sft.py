@@ -226,3 +226,8 @@ def test_bad_examples_are_named_by_file_and_line_before_anything_is_trained(lett
 def test_a_reward_model_is_no_model_to_teach(letters_data, small_reward, tmp_path):
     said = one_line(call('sft.py', *flags(FAST, dataset=letters_data, init_from=small_reward.folder, out_dir=tmp_path / 'o')))
     assert 'a reward model judges, it does not speak' in said
+
+
+def test_another_stage_s_run_is_not_resumed_but_started_from(letters_data, small_sft, tmp_path):
+    said = one_line(call('reward.py', *flags(CPU, dataset=letters_data, init_from='resume', out_dir=small_sft.folder)))
+    assert 'ckpt.pt was made by sft.py, not by reward.py' in said

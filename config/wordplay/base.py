@@ -1,8 +1,6 @@
-"""
-The chain, 1 of 4: a small language model of bytes, learned from the plays, on which the next three stages stand.
+# The chain on wordplay, 1 of 4: a small language model of bytes, learned from the plays, for the next stages to stand on.
+# python train.py config/wordplay/base.py
 
-    python train.py config/wordplay/base.py
-"""
 out_dir = 'out/bytes'
 tokenizer = 'byte'
 max_iters = 300

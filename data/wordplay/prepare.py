@@ -28,7 +28,7 @@ n_val = 2_000       # held-out prompts, and held-out pairs, to look at while tun
 n_test = 1_000      # held-out prompts for the final figures, and as many on longer words
 noise = 0.35        # share of the demonstrations that are wrong
 flip = 0.10         # share of the preference labels that are turned round
-add_weight = 3      # adding is by far the hardest: how often it comes in training for once of any other
+add_weight = 5      # adding is by far the hardest: how often it comes in training for once of any other
 seed = 1337         # all is a pure function of the settings and the words
 # -----------------------------------------------------------------------------
 
