@@ -1,10 +1,10 @@
 # Curriculum (arXiv 2108.02170): from short examples to long ones, in four stages, or all of them in random order. The
 # shortest quarter of the demonstrations asks for short words; whether meeting those first helps is what is asked here.
-# python sft.py config/course/curriculum.py --out_dir=out/random
-# python sft.py config/course/curriculum.py --curriculum=short_to_long --out_dir=out/short_to_long
+# python sft.py config/wordplay/sft.py config/course/curriculum.py --out_dir=out/random
+# python sft.py config/wordplay/sft.py config/course/curriculum.py --curriculum=short_to_long --out_dir=out/short_to_long
 # python configurator.py out/random out/short_to_long --metrics=response_loss,exact_match
 #
-# Needs out/bytes: python train.py config/wordplay/base.py
+# Needs out/bytes, of config/wordplay/base.py.
 # Result: see README, "Post-training"
 
 max_iters = 400
