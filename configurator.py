@@ -310,9 +310,11 @@ def read_log(out_dir):
 if __name__ == "__main__":
     # -----------------------------------------------------------------------------
     out = 'compare.png'  # the picture to write
+    metrics = ''         # draw these alone, with commas between, as loss,val_loss; '' = all
+    first = 0            # draw from this step on
     # -----------------------------------------------------------------------------
     folders = [a.rstrip('/') for a in sys.argv[1:] if not a.startswith('-')]
     sys.argv[1:] = [a for a in sys.argv[1:] if a.startswith('-')]
     configure(globals())
     from assets.draw import compare
-    compare(folders, out)
+    compare(folders, out, metrics, first)

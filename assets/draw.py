@@ -5,35 +5,42 @@ The pictures of runs: one run's curves, and several beside each other. Called by
 import numpy as np
 from configurator import load_checkpoint, read_log
 
-def draw(folders, path, labels=None):
-    """Draw every logged metric of the runs against the step, a panel each. Runs of one label are one curve, their
-    mean, in a band from the lowest to the highest. Metrics that differ in the end of their names, after a slash, share
-    a panel, one for each label. Without matplotlib it is said that nothing was drawn."""
+def draw(folders, path, labels=None, metrics='', first=0):
+    """Draw every logged metric of the runs (or those named in `metrics`, with commas between, from the step `first` on)
+    against the step, a panel each. Runs of one label are one curve, their mean, in a band from the lowest to the highest.
+    Metrics that differ in the end of their names, after a slash, share a panel, one for each label, unless they are named
+    in full. Without matplotlib it is said that nothing was drawn."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return print(f'{path} not drawn: it needs pip install matplotlib')
-    series = {}  # panel -> curve -> step -> values of the runs of that curve
+    wanted, series = metrics.split(','), {}  # panel -> curve -> step -> values of the runs of that curve
     for folder, label in zip(folders, labels or folders):
-        for record in read_log(folder):
-            for key in (k for k, v in record.items() if k not in ('step', 'final') and v is not None):
+        for record in (r for r in read_log(folder) if r.get('step', -1) >= first):
+            for key in (k for k, v in record.items() if k != 'step' and v is not None):
                 group, _, part = key.rpartition('/')
-                panel, curve = (f'{group} ({label})' if len(folders) > 1 else group, part) if group else (key, label)
+                if metrics and not {key, group} & set(wanted):
+                    continue
+                panel, curve = (key, label) if key in wanted or not group else (
+                    f'{group} ({label})' if len(folders) > 1 else group, part)
                 series.setdefault(panel, {}).setdefault(curve, {}).setdefault(record['step'], []).append(record[key])
-    rows = -(-len(series) // 3)
-    figure = Figure(figsize=(15, 3.5 * max(1, rows)), layout='constrained')
+    if not series:
+        return print(f'{path} not drawn: no {metrics or "metric"} is logged from step {first} on')
+    columns = min(3, len(series))
+    rows = -(-len(series) // columns)
+    figure = Figure(figsize=(5 * columns, 3.5 * rows), layout='constrained')
     for i, key in enumerate(sorted(series, key=lambda k: ('loss' not in k, k)), 1):
-        axis = figure.add_subplot(rows, 3, i, title=key, xlabel='step')
+        axis = figure.add_subplot(rows, columns, i, title=key, xlabel='step')
         for label, points in series[key].items():
             steps, values = zip(*sorted(points.items()))
             line, = axis.plot(steps, [np.mean(v) for v in values], label=label)
             axis.fill_between(steps, [*map(min, values)], [*map(max, values)], alpha=0.2, color=line.get_color())
         axis.grid(alpha=0.3)
-        if '/' in key or i == 1 and len(folders) > 1:
-            axis.legend(fontsize='small', ncols=1 + ('/' in key))
+        if len(series[key]) > 1:
+            axis.legend(fontsize='small', ncols=1 + (len(series[key]) > 6))
     figure.savefig(path, dpi=80)
 
-def compare(folders, picture):
+def compare(folders, picture, metrics='', first=0):
     """Print the settings in which finished runs differ beside their results, and draw their curves."""
     if not folders:
         raise ValueError('name the folders of the runs to compare: python configurator.py out/a out/b')
@@ -48,4 +55,4 @@ def compare(folders, picture):
     for row in rows:
         print(*(cell.ljust(width) for cell, width in zip(row, widths)), sep='  ')
     labels = [', '.join(f'{k} {c.get(k)}' for k in differ if k != 'seed') for c in configs]
-    draw(folders, picture, [label or folder for label, folder in zip(labels, folders)])
+    draw(folders, picture, [label or folder for label, folder in zip(labels, folders)], metrics, first)

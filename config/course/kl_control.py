@@ -1,0 +1,13 @@
+# Staying near the start: a KL penalty of fixed weight, one that is steered to kl_target nats an answer (arXiv 1909.08593,
+# section 2.2), and none, where the score may rise while what it stands for, gold, no longer does (arXiv 2210.10760).
+# for k in fixed adaptive none; do python ppo.py config/wordplay/ppo.py config/course/kl_control.py --kl_control=$k --out_dir=out/kl_$k; done
+# python configurator.py out/kl_fixed out/kl_adaptive out/kl_none \
+#   --metrics=objective/kl_exact,objective/score,objective/gold,objective/kl_coef
+#
+# Needs out/sft and out/reward, of config/wordplay/sft.py and reward.py.
+# Result: see README, "Post-training"
+
+max_iters = 40
+eval_interval = 20
+test_prompts = 500
+test_draws = 4
