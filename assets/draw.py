@@ -8,8 +8,8 @@ from configurator import load_checkpoint, read_log
 def draw(folders, path, labels=None, metrics='', first=0):
     """Draw every logged metric of the runs (or those named in `metrics`, with commas between, from the step `first` on)
     against the step, a panel each. Runs of one label are one curve, their mean, in a band from the lowest to the highest.
-    Metrics that differ in the end of their names, after a slash, share a panel, one for each label, unless they are named
-    in full. Without matplotlib it is said that nothing was drawn."""
+    The shares of a layer's experts have a panel together, one for each label, unless they are named in full. Without
+    matplotlib it is said that nothing was drawn."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -18,7 +18,7 @@ def draw(folders, path, labels=None, metrics='', first=0):
     for folder, label in zip(folders, labels or folders):
         for record in (r for r in read_log(folder) if r.get('step', -1) >= first):
             for key in (k for k, v in record.items() if k != 'step' and v is not None):
-                group, _, part = key.rpartition('/')
+                group, _, part = key.rpartition('/') if key.startswith('moe/') else ('', '', key)
                 if metrics and not {key, group} & set(wanted):
                     continue
                 panel, curve = (key, label) if key in wanted or not group else (

@@ -100,3 +100,14 @@ def test_the_commands_in_the_head_of_an_experiment_are_right_and_its_result_is_t
     assert commands and any(path in command for command in commands) and 'Result' in head
     for command in commands:
         check_command(shlex.split(command))
+
+
+def test_attention_maps_are_rows_that_sum_to_one_and_never_look_ahead(tmp_path):
+    import torch
+    from assets.attention import attention_maps
+    from model import GPT, GPTConfig
+    torch.manual_seed(0)
+    maps = attention_maps(GPT(GPTConfig(block_size=16, n_layer=2, n_head=2, n_embd=32)), [5, 6, 7, 8])
+    assert len(maps) == 2 and all(m.shape == (2, 4, 4) for m in maps)
+    for weights in maps:
+        assert torch.allclose(weights.sum(-1), torch.ones(2, 4)) and (weights.triu(1) == 0).all()
