@@ -30,7 +30,7 @@ out_dir = 'out/ppo'                # folder of the run: checkpoints, log, curves
 init_from = 'out/sft'              # 'scratch' | 'resume' | a run's folder | a Hugging Face folder or name
 reward_model = 'out/reward'        # folder of a run of reward.py
 seed = 1337                        # every random choice is a function of (seed, step)
-eval_interval = 10                 # iterations between evaluations, each with a few answers and a checkpoint
+eval_interval = 20                 # iterations between evaluations, each with a few answers and a checkpoint
 eval_prompts = 200                 # held-out prompts answered at each of them
 log_interval = 1                   # iterations between lines of the log
 tensorboard_log = False            # log to out_dir/tensorboard
@@ -65,18 +65,17 @@ clip_range = 0.2                   # of the policy's ratio
 value_clip = 0.2                   # of the value's change
 value_coef = 0.1                   # weight of the value loss
 separate_critic = False            # True = the value has a trunk of its own, False = it reads the policy's
-ppo_epochs = 2                     # passes over an iteration's answers
+ppo_epochs = 1                     # passes over an iteration's answers: more learn more from each, and drift further
 kl_stop = 0.1                      # end an iteration's updates where the policy has moved this far; 0 = never
 # optimizer and schedule
-learning_rate = 3e-4
+learning_rate = 2e-4
 critic_lr = 1e-3                   # of a separate critic, and of the value head
-critic_warmup = 4                  # iterations in which only the critic learns, for advantages worth following
-max_iters = 60                     # iterations
+max_iters = 120                    # iterations
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0                    # largest gradient norm; 0 = no clipping
 lr_schedule = 'linear'             # 'cosine' | 'linear' | 'wsd' (warm-up, stable, decay) | 'constant'
-warmup_iters = 0
+warmup_iters = 5
 attn = 'auto'                      # 'auto' | 'sdpa' | 'manual'
 moe_aux_weight = 0.01              # weight of the load-balancing loss, where the model has experts
 # machine
@@ -253,7 +252,6 @@ if __name__ == "__main__":
         lr = learning_rate_at(step, config)
         for param_group in optimizer.param_groups:
             param_group['lr'] = lr * param_group['lr_scale']
-        optimizer.param_groups[0]['lr'] *= adv != 'gae' or step >= critic_warmup
 
         # 3. save, evaluate, show the same few answers
         stopping, done = stop.by_any_rank(run), step >= max_iters

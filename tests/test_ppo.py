@@ -176,7 +176,7 @@ def test_an_answer_without_an_end_gets_the_penalty_in_place_of_its_score(monkeyp
 # -----------------------------------------------------------------------------
 # The stage
 
-FAST = dict(CPU, max_iters=4, critic_warmup=0, batch_size=16, minibatch_size=8, eval_interval=2, eval_prompts=4, test_prompts=8, test_draws=4,
+FAST = dict(CPU, max_iters=4, batch_size=16, minibatch_size=8, eval_interval=2, eval_prompts=4, test_prompts=8, test_draws=4,
             max_new_tokens=8)
 
 

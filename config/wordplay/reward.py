@@ -4,5 +4,7 @@
 
 out_dir = 'out/reward'
 init_from = 'out/sft'
-max_iters = 936  # every pair twice
+max_iters = 1404      # every pair three times
 eval_interval = 234
+muon_lr = 0.008
+center_weight = 0.02  # the scores of different prompts stay comparable

@@ -28,7 +28,7 @@ n_val = 2_000       # held-out prompts, and held-out pairs, to look at while tun
 n_test = 1_000      # held-out prompts for the final figures, and as many on longer words
 noise = 0.35        # share of the demonstrations that are wrong
 flip = 0.10         # share of the preference labels that are turned round
-add_weight = 5      # adding is by far the hardest: how often it comes in training for once of any other
+add_weight = 5      # adding is by far the hardest: how often it is demonstrated for once of any other operation
 seed = 1337         # all is a pure function of the settings and the words
 # -----------------------------------------------------------------------------
 
@@ -140,7 +140,7 @@ if __name__ == '__main__':
     for name, n in counts.items():
         kind, split = name.split('_')
         rng = random.Random(f'{seed} {name if split == "train" else split}')
-        draws = draw(splits[split], n, rng, add_weight * (split == 'train'))
+        draws = draw(splits[split], n, rng, add_weight if name == 'sft_train' else int(split == 'train'))
         made = pairs(draws, rng, noise, flip) if kind == 'pref' else examples(draws, rng, noise * (name == 'sft_train'))
         records = list(made)
         with open(folder / f'{name}.jsonl', 'w', encoding='utf-8') as f:
