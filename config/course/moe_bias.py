@@ -7,6 +7,8 @@
 # where the balancing loss left it at 2.7 to 3.3 times.
 
 out_dir = 'out/moe_bias'
+tokenizer = 'bpe'
+vocab_size = 2048
 n_expert = 8
 n_expert_active = 2
 n_hidden = 256

@@ -6,6 +6,8 @@
 # Result of one seed (three to come): 4.429 after --max_iters=150, better than experts in every layer (4.466).
 
 out_dir = 'out/moe_hybrid'
+tokenizer = 'bpe'
+vocab_size = 2048
 n_expert = 8
 n_expert_active = 2
 n_hidden = 344

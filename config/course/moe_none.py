@@ -6,6 +6,8 @@
 # Result of one seed (three to come): 4.464 after --max_iters=150, no worse than with the balancing loss (4.466).
 
 out_dir = 'out/moe_none'
+tokenizer = 'bpe'
+vocab_size = 2048
 n_expert = 8
 n_expert_active = 2
 n_hidden = 256
