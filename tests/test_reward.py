@@ -10,7 +10,7 @@ import torch
 import reward
 from bpe import Tokenizer
 from configurator import load_checkpoint, read_log, rng
-from conftest import CPU, call, flags, letters, ok, one_line
+from conftest import CPU, call, finish, flags, letters, ok, one_line, start
 from data.answers import auc, calibration_error, pad_left, pair_figures
 from data.dataset import load_gold, read_jsonl
 from data.pretrained import load_model, load_reward_model
@@ -236,3 +236,13 @@ def test_pairs_without_margins_cannot_be_learned_with_them(letters_data, small_b
             f.writelines(json.dumps({k: r[k] for k in ('prompt', 'chosen', 'rejected')}) + '\n' for r in rows)
     said = one_line(call('reward.py', *flags(FAST, dataset=tmp_path, init_from=small_base, out_dir=tmp_path, loss='bt_margin')))
     assert "needs pairs with a margin" in said and load_gold(str(tmp_path)) is None
+
+
+def test_two_ranks_learn_what_one_learns(letters_data, small_sft, tmp_path):
+    how = flags(CPU, dataset=letters_data, init_from=small_sft.folder, optimizer='adamw', max_iters=3, warmup_iters=1, batch_size=8,
+                eval_interval=3, log_interval=1, gradient_accumulation_steps=2, normalize_prompts=8, max_new_tokens=4)
+    ok(call('reward.py', *how, f'--out_dir={tmp_path / "one"}'))
+    ok(finish(start('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'reward.py', *how,
+                    f'--out_dir={tmp_path / "two"}')))
+    one, two = ([r['loss'] for r in read_log(str(tmp_path / name)) if 'train_accuracy' in r] for name in ('one', 'two'))
+    assert one == pytest.approx(two, abs=1e-4) and len(one) == 3
