@@ -70,7 +70,7 @@ kl_stop = 0.1                      # end an iteration's updates where the policy
 # optimizer and schedule
 learning_rate = 2e-4
 critic_lr = 1e-3                   # of a separate critic, and of the value head
-max_iters = 120                    # iterations
+max_iters = 80                     # iterations
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0                    # largest gradient norm; 0 = no clipping
