@@ -231,7 +231,8 @@ if __name__ == "__main__":
     for module in (reference, policy, judge_model):
         module is not None and module.to(run.device).eval()
     value = [p for name, p in policy.named_parameters() if name.startswith(('value_head', 'critic')) and p.requires_grad]
-    groups = [{'params': policy.gpt.parameters(), 'lr_scale': 1.0}, {'params': value, 'lr_scale': critic_lr / (learning_rate or 1)}]
+    groups = [{'params': policy.gpt.parameters(), 'lr_scale': 1.0},
+              {'params': value, 'lr_scale': critic_lr / (learning_rate or 1)}]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), eps=1e-5, weight_decay=0.0)
     for old in checkpoint.get('optimizer', []):  # the moments, under this run's settings
         optimizer.load_state_dict({'state': old['state'], 'param_groups': optimizer.state_dict()['param_groups']})
@@ -346,10 +347,11 @@ if __name__ == "__main__":
         now = time.time()
         train_seconds, rollout_seconds = train_seconds + now - last_time, rollout_seconds + rollout_time
         if step % log_interval == 0:
-            names = ('policy/approxkl', 'val/ratio', 'policy/clipfrac', 'val/clipfrac', 'loss/policy', 'loss/value', 'grad_norm')
+            names = ('policy/approxkl', 'val/ratio', 'policy/clipfrac', 'val/clipfrac', 'loss/policy', 'loss/value',
+                     'grad_norm')
             logger.log(step, record | dict(zip(names, torch.stack(seen).mean(0).tolist())) | {
-                'val/first_ratio': seen[0][1], 'updates': len(seen), 'lr': lr, 'rollout_share': rollout_time / (now - last_time),
-                'episodes_per_second': batch_size / (now - last_time)})
+                'val/first_ratio': seen[0][1], 'updates': len(seen), 'lr': lr,
+                'rollout_share': rollout_time / (now - last_time), 'episodes_per_second': batch_size / (now - last_time)})
         last_time = now
 
     # 10. the end: held-out prompts that nobody looked at, before and after

@@ -5,7 +5,7 @@
 # python configurator.py out/random out/short_to_long --metrics=response_loss,exact_match
 #
 # Needs out/bytes, of config/wordplay/base.py.
-# Result: see README, "Post-training"
+# Result: none yet at this length; the commands have been run for a few steps.
 
 max_iters = 400
 eval_interval = 100

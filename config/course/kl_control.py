@@ -5,7 +5,7 @@
 #   --metrics=objective/kl_exact,objective/score,objective/gold,objective/kl_coef
 #
 # Needs out/sft and out/reward, of config/wordplay/sft.py and reward.py.
-# Result: see README, "Post-training"
+# Result: none yet at this length; the commands have been run for a few steps.
 
 max_iters = 40
 eval_interval = 20

@@ -5,7 +5,7 @@
 # python configurator.py out/reward_bt out/reward_margin out/reward_bt_margin --metrics=accuracy,calibration_error,auc
 #
 # Needs out/sft, of config/wordplay/sft.py.
-# Result: see README, "Post-training"
+# Result: none yet at this length; the commands have been run for a few steps.
 
 max_pairs = 8000
 max_iters = 125   # each of them once
