@@ -211,6 +211,7 @@ class StopSignal:
     def leave(self, run, stopping, step, out_dir):
         """The end of the ranks' work together, and where a signal ended it, of the process: how to go on is said."""
         if run.world > 1:
+            torch.distributed.barrier()  # none leaves while another still works
             torch.distributed.destroy_process_group()
         if stopping:
             if run.master:

@@ -145,7 +145,8 @@ if __name__ == "__main__":
     optimizers = model.to(run.device).optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), muon_lr)
     for o, old in zip(optimizers, checkpoint.get('optimizer', [])):  # the moments, under this run's settings
         o.load_state_dict({'state': old['state'], 'param_groups': o.state_dict()['param_groups']})
-    trained = parallel(model, run, sequences=sequences)
+    steps = f'gradient_accumulation_steps {gradient_accumulation_steps} * batch_size {batch_size} ='
+    trained = parallel(model, run, **{steps: sequences})
     logger = Logger(f'{out_dir}/eval' if eval_only else out_dir, config, first, run.master)
     stop = StopSignal()
     bytes_per_token = meta['val_bytes'] / meta['val_tokens']

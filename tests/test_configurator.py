@@ -788,12 +788,12 @@ def test_runs_that_differ_in_the_seed_alone_are_one_curve_their_mean_in_a_band(t
 def test_a_picture_shows_the_metrics_asked_for_from_the_step_asked_for_and_runs_on_one_axis(tmp_path, drawn, capsys):
     folders = [write_run(tmp_path / str(i), [3.0, 2.0, 1.0 + i], n_layer=i) for i in range(2)]
     for folder in folders:
-        Logger(folder, {}, step=3).log(3, {'a/x': 1.0, 'a/y': 2.0})
-    compare(folders, str(tmp_path / 'few.png'), 'loss,a/x', 1)
+        Logger(folder, {}, step=3).log(3, {'moe/a/x': 1.0, 'moe/a/y': 2.0})
+    compare(folders, str(tmp_path / 'few.png'), 'loss,moe/a/x', 1)
     assert {axis.get_title(): [line.get_xdata().tolist() for line in axis.lines] for axis in drawn[-1].axes} == {
-        'loss': [[1, 2], [1, 2]], 'a/x': [[3], [3]]}
+        'loss': [[1, 2], [1, 2]], 'moe/a/x': [[3], [3]]}
     assert [text.get_text() for text in drawn[-1].axes[1].get_legend().get_texts()] == ['n_layer 0', 'n_layer 1']
-    compare(folders, str(tmp_path / 'part.png'), 'a')
-    assert [axis.get_title() for axis in drawn[-1].axes] == ['a (n_layer 0)', 'a (n_layer 1)']
+    compare(folders, str(tmp_path / 'part.png'), 'moe/a')
+    assert [axis.get_title() for axis in drawn[-1].axes] == ['moe/a (n_layer 0)', 'moe/a (n_layer 1)']
     compare(folders, str(tmp_path / 'none.png'), 'los')
     assert f'{tmp_path}/none.png not drawn: no los is logged' in capsys.readouterr().out

@@ -4,8 +4,8 @@
 # python train.py --tokenizer=bpe --vocab_size=2048 --out_dir=out/dense
 # python configurator.py out/dense out/moe
 #
-# Result of one seed (three to come): validation loss 4.466 nats a token after --max_iters=150, the dense model's 4.482;
-# 4.001 and 4.031 after 400.
+# Result of three seeds after --max_iters=300: 4.103, 4.106, 4.119 nats a token on the validation set, where the dense
+# model has 4.153, 4.157, 4.155.
 
 out_dir = 'out/moe'
 tokenizer = 'bpe'

@@ -3,7 +3,7 @@
 # python train.py config/course/moe_bias.py
 # python configurator.py out/moe out/moe_bias
 #
-# Result of one seed (three to come): 4.467 after --max_iters=150, the busiest expert at 1.2 to 1.7 times an even share,
+# Result of one seed: 4.467 after --max_iters=150, the busiest expert at 1.2 to 1.7 times an even share,
 # where the balancing loss left it at 2.7 to 3.3 times.
 
 out_dir = 'out/moe_bias'
