@@ -131,13 +131,13 @@ def sanity_checks(train, val, gold, make, trained, run):
     (model, reference), few, found = make(), train[:16], []
     with torch.no_grad():
         swapped, padded = apart(few) + apart([(b, a, row) for a, b, row in few]), apart(few, 9) - apart(few)
-    for pairs, steps, held_out in ((few, 100, few), (toss_labels(train), 300, val)):
+    for pairs, steps, judged, figure in ((few, 100, few, 'accuracy'), (toss_labels(train), 300, val, 'accuracy_clean')):
         model, reference = make()
         optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
         for step in range(steps):
             pairwise_loss(apart([pairs[i] for i in endless_order(len(pairs), step * 16, 16, seed)]), 0).backward()
             optimizer.step(), optimizer.zero_grad()
-        found.append(evaluate(model, reference, held_out, gold, run)['accuracy_clean'])
+        found.append(evaluate(model, reference, judged, gold, run)[figure])
     (heart, tossed), own, blind = found, trained['accuracy_clean'], trained['accuracy_length_only']
     verdicts = {f'a pair swapped negates the difference: off by {swapped.abs().max():.0e}': swapped.abs().max() < 1e-4,
                 f'padding moves no score: off by {padded.abs().max():.0e}': padded.abs().max() < 1e-4,

@@ -213,8 +213,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(letters_data, small_sft, tmp_path):
     assert all(torch.equal(a[key], b[key]) for key in a) and a['scale'] != 1
 
 
-def test_the_checks_give_a_verdict_a_line(letters_data, small_reward, small_sft):
-    made = call('reward.py', *flags(CPU, dataset=letters_data, init_from=small_sft.folder, out_dir=small_reward.folder, check=True,
+def test_the_checks_give_a_verdict_a_line(letters_data, small_reward, small_sft, tmp_path):
+    for split in ('train', 'val'):  # every tenth label is turned round: what is learned by heart is the label as given
+        with open(letters_data / f'pref_{split}.jsonl', encoding='utf-8') as f:
+            rows = [json.loads(line) for line in f]
+        with open(tmp_path / f'pref_{split}.jsonl', 'w', encoding='utf-8') as f:
+            f.writelines(json.dumps(r if i % 10 else r | dict(chosen=r['rejected'], rejected=r['chosen'], clean=False)) + '\n'
+                         for i, r in enumerate(rows))
+    made = call('reward.py', *flags(CPU, dataset=tmp_path, init_from=small_sft.folder, out_dir=small_reward.folder, check=True,
                                     learning_rate=3e-3))
     lines = [line for line in made.stdout.splitlines() if line[:6] in ('ok    ', 'FAILED')]
     assert len(lines) == 7 and 'by heart: accuracy 1.00' in made.stdout, made.stdout + made.stderr
