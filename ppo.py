@@ -188,14 +188,14 @@ def judge(idx, mask, rows, judge_model):
             score[rows.cpu()] = judge_model(idx[rows, :T]).float().cpu()
     return score, gold
 
-def evaluate(policy, tok, rows, draws, run, generator):
+def evaluate(gpt, tok, rows, draws, run, generator):
     """Figures of the greedy answers to rows beside their gold responses, and of `draws` samples each; the samples as
     [(text, ended)], a pass over the rows after the other; and the greedy answers."""
     right = [row.get('response') for row in rows]
     prompts = [prompt_ids(row['prompt'], tok) for row in rows]
     with run.autocast:
-        greedy = [text for text, _ in answer(policy.gpt, tok, prompts, max_new_tokens, temperature=0)]
-        sampled = answer(policy.gpt, tok, prompts * draws, max_new_tokens, temperature=temperature, generator=generator)
+        greedy = [text for text, _ in answer(gpt, tok, prompts, max_new_tokens, temperature=0)]
+        sampled = answer(gpt, tok, prompts * draws, max_new_tokens, temperature=temperature, generator=generator)
     share = lambda values: sum(values) / len(values)
     return {'exact_match': share([a == b for a, b in zip(greedy, right)]),
             'exact_match_sampled': share([a == b for (a, _), b in zip(sampled, right * draws)]),
@@ -240,7 +240,7 @@ if __name__ == "__main__":
     logger, stop, share = Logger(out_dir, config, first, run.master), StopSignal(), batch_size // run.world
     room = max(1, policy.gpt.config.block_size - max_new_tokens)  # a longer prompt is cut on the left
     prompts = [prompt_ids(row['prompt'], tok)[-room:] for row in train_rows]
-    before = evaluate(policy, tok, val_rows[:8], 1, run, None)[2] if run.master else []
+    before = evaluate(reference, tok, val_rows[:8], 1, run, None)[2] if run.master else []
 
     def snapshot(step):
         return {'stage': 'ppo', 'step': step, 'model': policy.gpt.state_dict(), 'model_args': asdict(policy.gpt.config),
@@ -263,7 +263,8 @@ if __name__ == "__main__":
         if stopping:
             break
         if run.master and (done or step % eval_interval == 0):
-            figures, _, greedy = evaluate(policy, tok, val_rows[:eval_prompts], 2, run, rng(seed, step, device=run.device))
+            generator = rng(seed, step, device=run.device)
+            figures, _, greedy = evaluate(policy.gpt, tok, val_rows[:eval_prompts], 2, run, generator)
             logger.log(step, {f'eval/{name}': value for name, value in figures.items()})
             for row, was, now in zip(val_rows, before, greedy):
                 print(printable(f"    {row['prompt']} -> {was} -> {now}   (gold: {row.get('response', '?')})"), flush=True)
@@ -359,7 +360,7 @@ if __name__ == "__main__":
     if run.master:
         seconds, rows = time.time() - began, load_examples(dataset, test_split, 'prompt', val_rows)[:test_prompts]
         start, after = (evaluate(model, tok, rows, test_draws, run, rng(seed, max_iters, device=run.device))
-                        for model in (Policy(reference, False).to(run.device).eval(), policy))
+                        for model in (reference, policy.gpt))
         idx, mask, _ = rollout(policy.gpt, [prompt_ids(row['prompt'], tok)[-room:] for row in rows], end,
                                rng(seed, device=run.device), run.device)
         score, gold = judge(idx, mask, rows, judge_model)

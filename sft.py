@@ -176,8 +176,7 @@ if __name__ == "__main__":
         return {'stage': 'sft', 'step': step, 'model': model.state_dict(), 'model_args': asdict(model.config),
                 'optimizer': [o.state_dict() for o in optimizers], 'config': config, 'tokenizer': tok.to_dict()}
 
-    began = last_time = time.time()
-    train_seconds, saved = 0.0, first
+    began, last_time, saved = time.time(), time.time(), first
     for step in range(first, max(first, max_iters) + 1):
         # 2. learning rate
         lr = learning_rate_at(step, config)
@@ -236,7 +235,6 @@ if __name__ == "__main__":
                 dist.all_reduce(loss)
             loss = loss.item()  # waits for the GPU, so it comes before the clock is read
         now = time.time()
-        train_seconds += now - last_time
         if step % log_interval == 0:
             logger.log(step, {'loss': loss, 'lr': lr, 'grad_norm': grad_norm.item(), 'ms': 1000 * (now - last_time)})
         last_time = now

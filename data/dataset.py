@@ -51,6 +51,20 @@ def write_dataset(folder, tokenizer, train, val, **about):
         file.write(json.dumps(meta | about, indent=1).encode())
     print(folder, *(f'{key} {meta[key]:,}' for key in meta if key.endswith(('tokens', 'bytes'))), flush=True)
 
+def prepare_unless(ready, dataset, wanted):
+    """Run data/<dataset>/prepare.py, if there is one, for the tokenizer's name and size that are wanted, unless ready()
+    says that it need not be. One process prepares; other ranks and runs wait for it."""
+    script = os.path.join(HERE, dataset, 'prepare.py')
+    if ready() or not os.path.exists(script):
+        return
+    with open(script, 'rb') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not ready():
+            print(f'preparing data/{dataset}', *(f'{key} {value}' for key, value in wanted.items()), flush=True)
+            asked = [f'--{"tokenizer" if key == "name" else key}={value}' for key, value in wanted.items()]
+            if subprocess.run([sys.executable, script, *asked]).returncode:
+                raise ValueError(f'data/{dataset} could not be prepared, for the reason above')
+
 def load_dataset(dataset, block_size, tokenizer='', vocab_size=0):
     """
     (train tokens, val tokens, meta, Tokenizer) of data/<dataset>, the tokens as memory maps. It is prepared first
@@ -72,17 +86,8 @@ def load_dataset(dataset, block_size, tokenizer='', vocab_size=0):
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise ValueError(f'{meta_file} is damaged ({error!r}); prepare the dataset again') from error
 
+    prepare_unless(lambda: read_meta()[1], dataset, wanted)
     meta, ready = read_meta()
-    if not ready and os.path.exists(script):
-        with open(script, 'rb') as lock:  # one process prepares; other ranks and runs wait for it
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            meta, ready = read_meta()
-            if not ready:
-                print(f'preparing data/{dataset}', *(f'{key} {value}' for key, value in wanted.items()), flush=True)
-                asked = [f'--{"tokenizer" if key == "name" else key}={value}' for key, value in wanted.items()]
-                if subprocess.run([sys.executable, script, *asked]).returncode:
-                    raise ValueError(f'data/{dataset} could not be prepared, for the reason above')
-                meta, ready = read_meta()
     if not meta:
         there = sorted(name for name in os.listdir(HERE) if os.path.exists(os.path.join(HERE, name, 'prepare.py')))
         raise ValueError(f'{folder}: no such dataset; there are {", ".join(there)}, and data/text takes any files')
@@ -109,14 +114,9 @@ def load_examples(dataset, split, kind, default=None):
     """The examples, see read_jsonl, of data/<dataset>/<split>.jsonl, which is prepared first if it is not there. Where
     there is no such file, the default, or a ValueError if none is given."""
     path, script = (os.path.join(HERE, dataset, name) for name in (f'{split}.jsonl', 'prepare.py'))
-    if not os.path.exists(path) and os.path.exists(script) and default is None:
-        with open(script, 'rb') as lock:  # one process prepares; other ranks and runs wait for it
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not os.path.exists(path):
-                print(f'preparing data/{dataset}', flush=True)
-                if subprocess.run([sys.executable, script]).returncode:
-                    raise ValueError(f'data/{dataset} could not be prepared, for the reason above')
-    if not os.path.exists(path) and default is not None:
+    if default is None:
+        prepare_unless(lambda: os.path.exists(path), dataset, {})
+    elif not os.path.exists(path):
         return default
     if not os.path.exists(path):
         raise ValueError(f'{path}: no such file' + f'; {script} does not make it' * os.path.exists(script))
