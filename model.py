@@ -121,8 +121,7 @@ def rope_table(pos, head_dim, base):
 def rotate(x, rope):
     """RoPE (arXiv 2104.09864): turn channel pair (i, i + hs/2) of a query or key by its position's angle,
     so that a score depends on the distance of the two positions alone. x (B, heads, T, hs)."""
-    cos, sin = rope
-    a, b = x.float().chunk(2, dim=-1)
+    (cos, sin), (a, b) = rope, x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 def visible(q_pos, k_pos, window, n_sink, causal=True):
@@ -215,9 +214,8 @@ def local_attention(q, k, v, window, n_sink, dropout=0.0):
     y = F.scaled_dot_product_attention(q, k, v, mask[:, None], dropout, enable_gqa=group > 1)
     return y.unflatten(0, (n, B)).movedim(0, 2).flatten(2, 3)[:, :, :T]  # (B, nh, T, hs)
 
-# What the layers of one forward pass share: rotations of queries and keys, the rotation in which queries
-# see the sinks when it differs, who sees whom (None = PyTorch's own is_causal, or no mask, says it), and which
-# tokens are no padding (None = all).
+# What the layers of one forward pass share: rotations of queries and keys, the rotation in which queries see the sinks when
+# it differs, who sees whom (None = PyTorch's own is_causal, or no mask, says it), which tokens are no padding (None = all).
 Shared = namedtuple('Shared', 'rope sink_rope is_sink mask local fused real')
 
 class Attention(nn.Module):
@@ -577,8 +575,7 @@ def sampling_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
     return probs / probs.sum(-1, keepdim=True)
 
 class ScalarHead(nn.Module):
-    """One number a hidden state: the reward of a sequence or the value of each token. Starts as
-    N(0, std), std 0 giving zero everywhere. Heads read hidden states, never logits."""
+    """One number a hidden state: the reward of a sequence or the value of each token. Starts as N(0, std)."""
     def __init__(self, n_embd, std=0.0):
         super().__init__()
         self.proj = nn.Linear(n_embd, 1)
@@ -590,8 +587,7 @@ class ScalarHead(nn.Module):
         return self.proj(h).squeeze(-1)
 
     def score(self, h, real, causal):
-        """One score a row (B,), read at the last real token, or, of an encoder, from the mean of all real
-        tokens. real (B, T) is False where there is padding."""
+        """One score a row (B,), read at the last token where real (B, T) is True; of an encoder, from the mean of these."""
         last = (real * torch.arange(real.size(1), device=h.device)).argmax(1)
         weight = F.one_hot(last, real.size(1)) if causal else real / real.sum(1, keepdim=True)
         return self((h * weight[..., None].to(h.dtype)).sum(1))
@@ -606,17 +602,21 @@ class RewardModel(nn.Module):
         self.register_buffer('shift', torch.zeros(()))
         self.register_buffer('scale', torch.ones(()))
 
-    def forward(self, idx):
-        """idx (B, T), -1 = padding, on any side -> scores (B,)."""
+    def forward(self, idx, mask=None, targets=None):
+        """idx (B, T), -1 = padding, on any side; mask (B, T), 1 on the answer, whose mean an encoder reads (None = of all)
+        -> scores (B,). With targets (n, T), the last n rows get no score; the trunk's own head predicts what belongs
+        there: (scores (B - n,), mean cross-entropy in nats over the targets that are not -1)."""
         real = idx >= 0
         h = self.trunk.hidden(idx, pos=torch.where(real, real.cumsum(1) - 1, -1))
-        return (self.head.score(h, real, self.trunk.config.causal) - self.shift) * self.scale
+        read = real if mask is None else real & (mask > 0)
+        scores = (self.head.score(h, read, self.trunk.config.causal) - self.shift) * self.scale
+        return scores if targets is None else (scores[:-len(targets)], F.cross_entropy(
+            self.trunk.lm_head(h[-len(targets):]).flatten(0, 1).float(), targets.flatten(), ignore_index=-1))
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, for the 2-D weights of hidden layers (Jordan et al. 2024,
-    https://kellerjordan.github.io/posts/muon). The update is torch.optim.Muon's, but matrices of one shape
-    go through Newton-Schulz as one batch, and in the precision that the machine multiplies fast: PyTorch's,
-    always bfloat16, takes 40 times as long on a CPU that has to emulate it."""
+    https://kellerjordan.github.io/posts/muon). As torch.optim.Muon, but matrices of one shape go through Newton-Schulz as one
+    batch, in the precision that the machine multiplies fast: a CPU that must emulate bfloat16 takes 40 times as long."""
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.1, steps=5):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=steps))

@@ -185,7 +185,7 @@ def judge(idx, mask, rows, judge_model):
     score = gold.clone()
     for rows, T in length_chunks(idx, minibatch_size) if judge_model else ():
         with torch.no_grad():
-            score[rows.cpu()] = judge_model(idx[rows, :T]).float().cpu()
+            score[rows.cpu()] = judge_model(idx[rows, :T], mask[rows, :T]).float().cpu()
     return score, gold
 
 def evaluate(gpt, tok, rows, draws, run, generator):

@@ -7,7 +7,7 @@ A reward model: it learns from pairs of answers, of which people preferred one, 
     python reward.py --check=True                       then: sanity checks of data, loss and model, a verdict a line
     python reward.py --loss=dpo --causal=True --learning_rate=1e-4 --muon_lr=1e-3 --out_dir=out/dpo
 
-The trunk starts from the SFT model. causal=False makes it an encoder: all tokens see each other, their mean is read.
+The trunk starts from the SFT model; causal=False makes it an encoder, whose tokens all see each other.
 """
 import copy, math, sys, time
 from dataclasses import asdict
@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from bpe import render_chat
 from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, load_checkpoint,
                           one_of, parallel, peak_memory_mb, resume, rng, save_checkpoint, start_run)
-from data.answers import log_prob, pad_left, pair_figures, prompt_ids
+from data.answers import log_prob, pad_left, pair_figures, prompt_ids, tamper
 from data.dataset import endless_order, load_examples, load_gold
 from data.pretrained import load_chat_model
 from model import RewardModel
@@ -40,9 +40,10 @@ shuffle_labels = False             # toss a coin for every label: what is learne
 gradient_accumulation_steps = 2    # micro-batches a step, over all ranks together
 batch_size = 32                    # pairs in a micro-batch
 # model and loss
-causal = False                     # False = an encoder; True = a decoder, read at the last token
+causal = False                     # False = an encoder, the mean of the answer is read; True = a decoder, its last token
 loss = 'bt'                        # 'bt' (Bradley-Terry) | 'margin' (ranking) | 'bt_margin' | 'dpo' (trains the policy)
 margin = 1.0                       # distance that 'margin' asks for; what 'bt_margin' multiplies a pair's margin by
+denoise_weight = 1.0               # of an encoder's other task: to restore chosen answers that were tampered with
 center_weight = 0.0                # weight of (chosen + rejected)^2, which keeps scores around 0 (arXiv 2312.09244)
 dpo_beta = 0.1
 normalize_prompts = 500            # held-out prompts whose answers by the SFT model set the score's mean and variance
@@ -69,9 +70,8 @@ def prepare_pairs(rows, tok, block_size):
     """[((ids, mask) of chosen, the same of rejected, row)]; mask is 1 on the response and its end. Long ones are
     cut on the left, for they differ at their end."""
     def render(row, key):
-        ids, mask = render_chat([{'role': 'user', 'content': row['prompt']},
-                                 {'role': 'assistant', 'content': row[key]}], tok)
-        return torch.tensor(ids[-block_size:]), torch.tensor(mask[-block_size:])
+        messages = [{'role': 'user', 'content': row['prompt']}, {'role': 'assistant', 'content': row[key]}]
+        return tuple(torch.tensor(part[-block_size:]) for part in render_chat(messages, tok))
     pairs = [(render(row, 'chosen'), render(row, 'rejected'), row) for row in rows]
     if cut := sum(len(side[0]) == block_size for pair in pairs for side in pair[:2]):
         print(f'{cut} of {2 * len(rows)} conversations fill block_size {block_size}: longer ones are cut on the left')
@@ -90,19 +90,16 @@ def pairwise_loss(chosen, rejected, kind='bt', margin=None):
     'margin' max(0, margin - d), ranking, margin 1 if None; 'bt_margin' -log sigmoid(d - margin), where the margin (B,)
     is each pair's own (Llama 2, arXiv 2307.09288)."""
     d = chosen - rejected
-    if kind == 'bt':
-        return -F.logsigmoid(d).mean()
     if kind == 'margin':
         return F.relu((1.0 if margin is None else margin) - d).mean()
-    if kind != 'bt_margin' or margin is None:
+    if kind not in ('bt', 'bt_margin') or (kind, margin) == ('bt_margin', None):
         raise ValueError(f"kind must be 'bt', 'margin', or 'bt_margin' with a margin; got {kind!r}, margin {margin}")
-    return -F.logsigmoid(d - margin).mean()
+    return -F.logsigmoid(d - margin if kind == 'bt_margin' else d).mean()
 
 def score(trained, reference, idx, mask):
-    """Scores (B,) of conversations: the reward model's or, with a reference, the implicit reward of DPO, equation 5:
-    dpo_beta times the log-ratio of policy and reference."""
+    """Scores (B,) of conversations; with a reference DPO's, dpo_beta times the log-ratio to it (equation 5)."""
     if reference is None:
-        return trained(idx)
+        return trained(idx, mask)
     with torch.no_grad():
         before = log_prob(reference, idx, mask)
     return dpo_beta * (log_prob(trained, idx, mask) - before)
@@ -119,8 +116,7 @@ def evaluate(model, reference, pairs, gold, run, batch=128):
 
 def toss_labels(pairs):
     """The pairs, of which a coin turned half round."""
-    coins = torch.rand(len(pairs), generator=rng(seed))
-    return [(b, a, row) if coin < 0.5 else (a, b, row) for coin, (a, b, row) in zip(coins, pairs)]
+    return [(b, a, row) if c < 0.5 else (a, b, row) for c, (a, b, row) in zip(torch.rand(len(pairs), generator=rng(seed)), pairs)]
 
 def sanity_checks(train, val, gold, make, trained, run):
     """Print a verdict a line, of a fresh model, of two short runs, and of the trained one's figures; 1 if one failed."""
@@ -220,25 +216,30 @@ if __name__ == "__main__":
         # 4. forward and backward, a micro-batch at a time
         chosen = [train_pairs[i] for i in sorted(endless_order(len(train_pairs), step * sequences, sequences, seed))]
         micro_batches = [chosen[i:i + batch_size] for i in range(0, sequences, batch_size)][run.rank::run.world]
-        step_loss = accuracy = 0.0
+        found = torch.zeros(3, device=run.device)  # the two losses, accuracy
         for i, pairs in enumerate(micro_batches):
             idx, mask, margins = (t.to(run.device, non_blocking=True) for t in get_batch(pairs))
             if run.world > 1:  # the ranks exchange gradients once a step
                 trained.require_backward_grad_sync = i == len(micro_batches) - 1
             with run.autocast:
-                a, b = score(trained, reference, idx, mask).float().chunk(2)
+                if denoise_weight and not causal:  # in one pass with the scores
+                    noise = rng(seed, step, run.rank + i * run.world, device=run.device)
+                    scores, restored = trained(*tamper(idx, mask, tok.special['<|pad|>'], noise))
+                else:
+                    scores, restored = score(trained, reference, idx, mask), torch.zeros((), device=run.device)
+                a, b = scores.float().chunk(2)
                 micro_loss = pairwise_loss(a, b, 'bt' if loss == 'dpo' else loss, margin * margins if loss == 'bt_margin'
                                            else margin) + center_weight * (a + b).square().mean()
-            run.scaler.scale((micro_loss + moe_aux_weight * trunk.aux_loss()) / len(micro_batches)).backward()
-            step_loss += micro_loss.detach() / len(micro_batches)
-            accuracy += (a > b).float().mean() / len(micro_batches)
+            total = micro_loss + denoise_weight * restored + moe_aux_weight * trunk.aux_loss()
+            run.scaler.scale(total / len(micro_batches)).backward()
+            found += torch.stack((micro_loss, restored, (a > b).float().mean())).detach() / len(micro_batches)
 
         # 5. clip and step
         for o in optimizers:
             run.scaler.unscale_(o)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        if not torch.isfinite(step_loss if run.scaler.is_enabled() else grad_norm):
-            raise diverged(step, out_dir, saved, loss=step_loss, grad_norm=grad_norm)
+        if not torch.isfinite(found[0] if run.scaler.is_enabled() else grad_norm):
+            raise diverged(step, out_dir, saved, loss=found[0], grad_norm=grad_norm)
         for o in optimizers:
             run.scaler.step(o)
             o.zero_grad(set_to_none=True)
@@ -246,11 +247,10 @@ if __name__ == "__main__":
 
         # 6. log
         if step % log_interval == 0:
-            numbers = torch.stack((step_loss, accuracy)) / run.world
             if run.world > 1:
-                dist.all_reduce(numbers)
-            logger.log(step, dict(loss=numbers[0], train_accuracy=numbers[1], lr=lr, grad_norm=grad_norm,
-                                  ms=1000 * (time.time() - last_time)))
+                dist.all_reduce(found)
+            record = dict(zip(('loss', 'denoise_loss', 'train_accuracy'), found / run.world))
+            logger.log(step, record | dict(lr=lr, grad_norm=grad_norm, ms=1000 * (time.time() - last_time)))
         last_time = time.time()
 
     # 7. the end: set the score's mean and variance, save, and tell what was learned
@@ -260,9 +260,9 @@ if __name__ == "__main__":
         if loss != 'dpo':
             idx = pad_left([prompt_ids(row['prompt'], tok) for row in val_rows[:normalize_prompts]], run.device)
             with torch.no_grad(), run.autocast:
-                answers = policy.to(run.device).generate(idx, max_new_tokens, stop=[tok.special['<|end|>']],
-                                                         generator=rng(seed, step, device=run.device))
-                std, mean = torch.std_mean(model(answers).float())
+                out = policy.to(run.device).generate(idx, max_new_tokens, stop=[tok.special['<|end|>']],
+                                                     generator=rng(seed, step, device=run.device))
+                std, mean = torch.std_mean(model(out, torch.arange(out.size(1), device=run.device) >= idx.size(1)).float())
             model.shift.add_(mean / model.scale), model.scale.div_(std)
         save_checkpoint(out_dir, snapshot(step))
         print(*(f'    {name:24} {value:8.4f}' for name, value in figures.items()), sep='\n')

@@ -43,9 +43,10 @@ def best_of(judge, tok, conversations, texts):
     n, best, device = len(texts) // len(conversations), [], next(judge.parameters()).device
     for i, messages in enumerate(conversations):
         said = texts[i * n:(i + 1) * n]
-        rows = [render_chat([*messages, {'role': 'assistant', 'content': text}], tok)[0] for text in said]
+        rows = [render_chat([*messages, {'role': 'assistant', 'content': text}], tok) for text in said]
+        idx, mask = (pad_left([row[-judge.trunk.config.block_size:] for row in part], device) for part in zip(*rows))
         with torch.no_grad():
-            best.append(said[judge(pad_left([row[-judge.trunk.config.block_size:] for row in rows], device)).argmax()])
+            best.append(said[judge(idx, mask).argmax()])
     return best
 
 def log_prob(model, idx, mask):
@@ -54,6 +55,18 @@ def log_prob(model, idx, mask):
     logits, _ = model(idx.clamp(min=0))
     logp = -F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), idx[:, 1:].clamp(min=0).flatten(), reduction='none')
     return (logp.view_as(idx[:, 1:]) * mask[:, 1:]).sum(1)
+
+def tamper(idx, mask, blank, generator):
+    """Pairs (2B, T), first all chosen, and the chosen once more with 40% of their answers' tokens replaced, half by a
+    blank, half by others of these answers: (idx (3B, T), mask of the same shape, 1 on answers, targets (B, T), what
+    stood where a token was replaced, -1 elsewhere). To restore an answer, an encoder must see what is wrong with it, from
+    both sides (BERT, arXiv 1810.04805); a trunk that learned to look back alone needs the practice (2404.05961)."""
+    chosen, own = idx.chunk(2)[0], mask.chunk(2)[0]
+    hit, blanked = ((own > 0) & (torch.rand(own.shape, generator=generator, device=own.device) < p) for p in (0.4, 0.5))
+    others = chosen[own > 0]
+    others = others[torch.randint(len(others), own.shape, generator=generator, device=own.device)]
+    noisy = torch.where(hit, others.masked_fill(blanked, blank), chosen)
+    return torch.cat((idx, noisy)), torch.cat((mask, own)), chosen.masked_fill(~hit, -1)
 
 def token_f1(said, gold):
     """Harmonic mean of precision and recall of the words that two texts share (SQuAD, arXiv 1606.05250)."""

@@ -11,7 +11,7 @@ import reward
 from bpe import Tokenizer
 from configurator import load_checkpoint, read_log, rng
 from conftest import CPU, call, finish, flags, letters, ok, one_line, start
-from data.answers import auc, calibration_error, pad_left, pair_figures
+from data.answers import auc, calibration_error, pad_left, pair_figures, tamper
 from data.dataset import load_gold, read_jsonl
 from data.pretrained import load_model, load_reward_model
 from model import GPT, GPTConfig, RewardModel
@@ -113,6 +113,48 @@ def test_an_encoder_reads_all_tokens_and_a_decoder_its_last():
     assert not torch.allclose(judge(False).trunk.hidden(ids)[0, 0], judge(False).trunk.hidden(ids[:, :1])[0, 0])
 
 
+def test_an_encoder_with_a_mask_reads_the_mean_of_the_answer_alone_but_sees_the_prompt():
+    model = judge()
+    idx, mask, _ = reward.get_batch(pairs(5))
+    scores = model(idx, mask)
+    for row, m, got in zip(idx, mask, scores):
+        h = model.trunk.hidden(row[row >= 0][None])[0]
+        assert got.item() == pytest.approx(model.head.proj(h[m[row >= 0] > 0].mean(0)).item(), abs=1e-5)
+    other = torch.where((idx > 0) & (mask == 0) & (idx < 256), 65, idx)
+    assert not torch.allclose(model(other, mask), scores, atol=1e-4)
+
+
+def test_a_decoder_reads_the_last_token_of_the_answer_whatever_the_mask():
+    model = judge(True)
+    idx, mask, _ = reward.get_batch(pairs(5))
+    assert torch.equal(model(idx, mask), model(idx))
+
+
+def test_tampering_replaces_answer_tokens_of_the_chosen_alone_half_of_them_by_a_blank():
+    idx, mask, _ = reward.get_batch(pairs(400))
+    more, read, targets = tamper(idx, mask, 260, rng(1))
+    assert torch.equal(more[:800], idx) and torch.equal(read[:800], mask) and torch.equal(read[800:], mask[:400])
+    chosen, noisy, own, hit = idx[:400], more[800:], mask[:400] > 0, targets >= 0
+    assert (own | ~hit).all() and torch.equal(noisy[~hit], chosen[~hit]) and torch.equal(targets[hit], chosen[hit])
+    share, blank = hit.sum() / own.sum(), (noisy[hit] == 260).float().mean()
+    assert abs(share - 0.4) < 0.06 and abs(blank - 0.5) < 0.08
+    assert set(noisy[hit].tolist()) <= {260, *chosen[own].tolist()} and (noisy[hit] != chosen[hit]).float().mean() > 0.6
+    assert torch.equal(tamper(idx, mask, 260, rng(1))[0], more) and not torch.equal(tamper(idx, mask, 260, rng(2))[0], more)
+
+
+def test_restoring_is_scored_by_the_cross_entropy_of_what_stood_there_and_leaves_the_scores_alone():
+    model = judge()
+    idx, mask, _ = reward.get_batch(pairs(6))
+    more, read, targets = tamper(idx, mask, 260, rng(1))
+    scores, restored = model(more, read, targets)
+    assert torch.allclose(scores, model(idx, mask), atol=1e-5)
+    total = 0.0
+    for row, target in zip(more[12:], targets):
+        logp = model.trunk.lm_head(model.trunk.hidden(row[row >= 0][None])[0]).log_softmax(-1)
+        total -= sum(logp[t, target[t]].item() for t in range(len(logp)) if target[t] >= 0)
+    assert restored.item() == pytest.approx(total / (targets >= 0).sum().item(), rel=1e-5)
+
+
 def test_swapping_a_pair_negates_the_difference():
     model, batch = judge(), pairs(5)
     d = [model(reward.get_batch(p)[0]).chunk(2) for p in (batch, [(b, a, row) for a, b, row in batch])]
@@ -176,7 +218,8 @@ def test_scores_have_mean_0_and_variance_1_on_answers_of_the_policy(small_sft, s
     end = tok.special['<|end|>']
     prompts = [[tok.special['<|user|>'], *tok.encode(r['prompt']), end, tok.special['<|assistant|>']] for r in rows]
     answers = policy.generate(pad_left(prompts), 8, stop=[end], generator=rng(config['seed'], 150))
-    std, mean = torch.std_mean(model(answers))
+    own = torch.arange(answers.size(1)) >= max(map(len, prompts))
+    std, mean = torch.std_mean(model(answers, own))
     assert abs(mean) < 1e-3 and std.item() == pytest.approx(1, abs=1e-3)
 
 

@@ -22,13 +22,14 @@ from configurator import configure
 input = ''          # the text whose words are taken; '' = the plays, made first if they are not there
 out = ''            # folder to write to; '' = beside this file
 n_sft = 205_000     # demonstrations
-n_pref = 30_000     # preference pairs
+n_pref = 72_000     # preference pairs
 n_prompt = 20_000   # prompts for reinforcement learning
 n_val = 2_000       # held-out prompts, and held-out pairs, to look at while tuning
 n_test = 1_000      # held-out prompts for the final figures, and as many on longer words
 noise = 0.35        # share of the demonstrations that are wrong
 flip = 0.10         # share of the preference labels that are turned round
 add_weight = 5      # adding is by far the hardest: how often it is demonstrated for once of any other operation
+pref_add_weight = 3 # the same in pairs
 seed = 1337         # all is a pure function of the settings and the words
 # -----------------------------------------------------------------------------
 
@@ -69,8 +70,7 @@ def gold(prompt, response):
     return float(graded == 1), graded
 
 def demonstrate(op, right, rng, noise):
-    """The right answer or, with probability `noise`, a wrong one, on average as long: a slip of the pen
-    in a word; a number off by one, or a carry forgotten."""
+    """The right answer or, with probability `noise`, a wrong one, about as long: a slip of the pen, a carry forgotten."""
     if rng.random() >= noise:
         return right
     if right.isdigit():
@@ -90,8 +90,7 @@ def examples(draws, rng, noise):
         yield {'prompt': prompt, 'response': said, 'op': op, 'clean': said == right}
 
 def pairs(draws, rng, noise, flip):
-    """Labelled pairs; two draws that `gold` cannot tell apart are drawn again. `margin`, the distance in
-    gold, is how sure the labeller is: above 0 where the label is flipped too."""
+    """Labelled pairs; two draws that `gold` cannot tell apart are drawn again. `margin`, how far apart, is above 0 always."""
     for prompt, op, right in draws:
         a = b = 0
         while a == b:
@@ -128,8 +127,8 @@ def draw(arguments, n, rng, add_weight=0):
 
 if __name__ == '__main__':
     configure(globals())
-    if not (0 < noise < 1 and 0 <= flip <= 1 and add_weight >= 1):
-        raise ValueError(f'needed: 0 < noise < 1, 0 <= flip <= 1, add_weight >= 1; got {noise}, {flip}, {add_weight}')
+    if not (0 < noise < 1 and 0 <= flip <= 1 and min(add_weight, pref_add_weight) >= 1):
+        raise ValueError(f'needed: 0 < noise < 1, 0 <= flip <= 1, weights >= 1; got {noise}, {flip}, {add_weight}, {pref_add_weight}')
     plays, folder = Path(input or here.parent / 'shakespeare/input.txt'), Path(out or here)
     if not input and not plays.exists() and subprocess.run([sys.executable, plays.with_name('prepare.py')]).returncode:
         sys.exit(2)  # it has said why
@@ -137,12 +136,13 @@ if __name__ == '__main__':
     folder.mkdir(parents=True, exist_ok=True)
     counts = {'sft_train': n_sft, 'sft_val': n_val, 'pref_train': n_pref, 'pref_val': n_val,
               'prompts_train': n_prompt, 'prompts_val': n_val, 'prompts_test': n_test, 'prompts_longer': n_test}
+    weights = {'sft_train': add_weight, 'pref_train': pref_add_weight, 'prompts_train': 1}
     for name, n in counts.items():
         kind, split = name.split('_')
         rng = random.Random(f'{seed} {name if split == "train" else split}')
-        draws = draw(splits[split], n, rng, add_weight if name == 'sft_train' else int(split == 'train'))
-        made = pairs(draws, rng, noise, flip) if kind == 'pref' else examples(draws, rng, noise * (name == 'sft_train'))
-        records = list(made)
+        draws = draw(splits[split], n, rng, weights.get(name, 0))
+        records = list(pairs(draws, rng, noise, flip) if kind == 'pref' else
+                       examples(draws, rng, noise * (name == 'sft_train')))
         with open(folder / f'{name}.jsonl', 'w', encoding='utf-8') as f:
             f.writelines(json.dumps(record) + '\n' for record in records)
         print(f'{name:16} {n:8,} lines, {sum(r["clean"] for r in records) / max(1, n):7.2%} clean')
