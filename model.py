@@ -17,7 +17,7 @@ from torch.nn import functional as F
 class GPTConfig:
     """The architecture. ValueError, naming both settings, where two of them cannot go together."""
     block_size: int = 256       # context length, in tokens
-    vocab_size: int = 261
+    vocab_size: int = 261       # 256 bytes and 5 special tokens
     n_layer: int = 4
     n_head: int = 4
     n_kv_head: int = 0          # key/value heads, each shared by n_head / n_kv_head query heads (GQA); 0 = n_head
@@ -32,7 +32,7 @@ class GPTConfig:
     pos: str = 'rope'           # 'learned' | 'sinusoidal' | 'rope'
     rope_base: float = 10000.0
     mlp: str = 'swiglu'         # 'gelu' | 'gelu_tanh' (GPT-2's approximation) | 'swiglu' | 'relu2'
-    qk_norm: bool = False       # RMSNorm on queries and keys, a head at a time
+    qk_norm: bool = False       # RMSNorm on queries and keys, a head at a time (after arXiv 2010.04245)
     window: int = 0             # a token sees the last `window` tokens, itself counted; 0 = all
     n_sink: int = 0             # the first tokens, which stay visible behind the window
     n_expert: int = 0           # experts a layer; 0 = dense
@@ -40,7 +40,7 @@ class GPTConfig:
     n_shared_expert: int = 0    # experts that see every token, beside those
     moe_balance: str = 'aux'    # what keeps all experts in use: 'aux' (a loss) | 'bias' (of the choice) | 'none'
     moe_every: int = 1          # 1 = every layer has experts, 2 = every other layer stays dense
-    tie_weights: bool = True    # the output head is the token embedding
+    tie_weights: bool = True    # the output head is the token embedding (arXiv 1608.05859)
     causal: bool = True         # False = a bidirectional encoder
     attn: str = 'auto'          # 'auto' | 'sdpa' (PyTorch's fused attention) | 'manual' (written out by hand)
 
@@ -78,7 +78,7 @@ class GPTConfig:
         if self.n_expert and self.moe_every > self.n_layer:
             raise ValueError(f'moe_every {self.moe_every} must be from 1 to n_layer {self.n_layer}')
 
-NORM = {'layernorm': lambda size, c: nn.LayerNorm(size, c.norm_eps, bias=c.bias),
+NORM = {'layernorm': lambda size, c: nn.LayerNorm(size, c.norm_eps, bias=c.bias),  # arXiv 1607.06450
         'rmsnorm': lambda size, c: nn.RMSNorm(size, c.norm_eps)}  # arXiv 1910.07467
 ACT = {'gelu': F.gelu, 'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'), 'relu2': lambda x: F.relu(x).square(), 'swiglu': F.silu}
 
@@ -119,7 +119,7 @@ def rope_table(pos, head_dim, base):
     return angle.cos().float(), angle.sin().float()
 
 def rotate(x, rope):
-    """RoPE (arXiv 2104.09864): turn channel pair (i, i + hs/2) of a query or key by its position's angle,
+    """RoPE (arXiv 2104.09864; its pairs are neighbours, Llama's i and i + hs/2): turn a pair by its position's angle,
     so that a score depends on the distance of the two positions alone. x (B, heads, T, hs)."""
     (cos, sin), (a, b) = rope, x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
@@ -261,7 +261,7 @@ class Attention(nn.Module):
 # Feed-forward layers
 
 class MLP(nn.Module):
-    """Widen, bend, narrow: GELU as in GPT-2, or the squared ReLU of arXiv 2109.08668."""
+    """Widen, bend, narrow: GELU (arXiv 1606.08415) as in GPT-2, or the squared ReLU of arXiv 2109.08668."""
     def __init__(self, config):
         super().__init__()
         self.act = ACT[config.mlp]
@@ -326,7 +326,7 @@ class MoE(nn.Module):
 FFN = {'gelu': MLP, 'gelu_tanh': MLP, 'relu2': MLP, 'swiglu': SwiGLU}
 
 class Block(nn.Module):
-    """Pre-norm residual block: x + attention(norm(x)), then x + MLP(norm(x))."""
+    """Pre-norm residual block (arXiv 2002.04745): x + attention(norm(x)), then x + MLP(norm(x))."""
     def __init__(self, config, layer):
         super().__init__()
         sparse = config.n_expert and (layer + 1) % config.moe_every == 0
@@ -598,7 +598,7 @@ class RewardModel(nn.Module):
     def __init__(self, trunk):
         super().__init__()
         self.trunk, self.head = trunk, ScalarHead(trunk.config.n_embd, std=(trunk.config.n_embd + 1) ** -0.5)
-        trunk.lm_head.requires_grad_(trunk.config.tie_weights)        # a head of its own has nothing to do here
+        trunk.lm_head.requires_grad_(trunk.config.tie_weights)        # a head of its own stays as it was: only restoring reads it
         self.register_buffer('shift', torch.zeros(()))
         self.register_buffer('scale', torch.ones(()))
 
@@ -611,7 +611,7 @@ class RewardModel(nn.Module):
         read = real if mask is None else real & (mask > 0)
         scores = (self.head.score(h, read, self.trunk.config.causal) - self.shift) * self.scale
         return scores if targets is None else (scores[:-len(targets)], F.cross_entropy(
-            self.trunk.lm_head(h[-len(targets):]).flatten(0, 1).float(), targets.flatten(), ignore_index=-1))
+            self.trunk.lm_head(h[-len(targets):][targets >= 0]).float(), targets[targets >= 0]))
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, for the 2-D weights of hidden layers (Jordan et al. 2024,

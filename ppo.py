@@ -54,7 +54,7 @@ score_clip = 0.0                   # largest score either way; 0 = no clipping
 kl_control = 'fixed'               # 'fixed' | 'adaptive' (arXiv 1909.08593, section 2.2) | 'none'
 kl_coef = 0.05                     # weight of the KL penalty, at the start where it is adaptive
 kl_target = 0.4                    # nats an answer, which the adaptive weight steers to
-kl_horizon = 5000                  # answers in which it may double or halve
+kl_horizon = 5000                  # answers in which it may change by a fifth, at most
 whiten_rewards = False             # rewards of variance 1 over the batch, their mean kept
 # advantages and losses
 adv = 'gae'                        # 'gae' (a critic; arXiv 1506.02438) | 'rloo' (2402.14740) | 'grpo' (2402.03300)
@@ -68,9 +68,9 @@ separate_critic = False            # True = the value has a trunk of its own, Fa
 ppo_epochs = 1                     # passes over an iteration's answers: more learn more from each, and drift further
 kl_stop = 0.1                      # end an iteration's updates where the policy has moved this far; 0 = never
 # optimizer and schedule
-learning_rate = 2e-4
+learning_rate = 4e-4
 critic_lr = 1e-3                   # of a separate critic, and of the value head
-max_iters = 80                     # iterations
+max_iters = 140                    # iterations
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0                    # largest gradient norm; 0 = no clipping
@@ -108,7 +108,7 @@ def masked_mean(x, mask):
 
 def whiten(x, mask, keep_mean=False):
     """x with mean 0 (or its own) and variance 1 over what mask holds, on all ranks together."""
-    sums = torch.stack((mask.sum(), (x * mask).sum(), (x.square() * mask).sum())).double()
+    sums = torch.stack((mask.sum(), (x * mask).sum(), (x.square() * mask).sum())).to(torch.float32 if x.is_mps else torch.float64)
     if dist.is_initialized():
         dist.all_reduce(sums)
     mean, variance = sums[1] / sums[0], sums[2] / sums[0] - (sums[1] / sums[0]) ** 2
@@ -297,7 +297,7 @@ if __name__ == "__main__":
             advantages, returns = compute_gae(rewards, values, mask, gamma, lam)
             advantages = whiten(advantages, mask)
         else:
-            advantages, returns = group_advantages(rewards.sum(1), group_size, adv)[:, None] * mask, values
+            advantages, returns = group_advantages(rewards.sum(1), group_size, adv)[:, None] * mask, values  # no critic
 
         # 7. update: a few epochs of clipped steps over reshuffled minibatches
         seen = []
@@ -330,13 +330,13 @@ if __name__ == "__main__":
                     if run.world > 1:
                         dist.all_reduce(seen[-1])
 
-        # 8. KL control: the weight follows the distance, an answer's nats, slowly (arXiv 1909.08593, equation 8)
+        # 8. KL control: the weight follows the distance, an answer's nats, slowly (arXiv 1909.08593, section 2.2)
         record = {'objective/kl': log_ratio.sum(1).mean(), 'objective/kl_exact': exact_kl.sum(1).mean(),
                   'objective/kl_k3': (((-log_ratio).exp() - 1 + log_ratio) * mask).sum(1).mean(),
                   'objective/entropy': masked_mean(entropy, mask), 'response_length': length.mean(), 'objective/score':
                   score.mean(), 'objective/gold': gold.mean(), 'objective/non_score_reward': penalty.sum(1).mean(),
                   'objective/rlhf_reward': (shaped + penalty.sum(1)).mean(), 'ended': ended.float().mean(),
-                  'val/explained_variance': 1 - (returns - values)[mask > 0].var() / returns[mask > 0].var().clamp(1e-8)}
+                  'val/explained_variance': 1 - (returns - values)[mask > 0].var() / returns[mask > 0].var().clamp(1e-8)}  # 1: no critic
         numbers = torch.stack([*record.values()]) / run.world
         if run.world > 1:
             dist.all_reduce(numbers)

@@ -7,7 +7,7 @@ A reward model: it learns from pairs of answers, of which people preferred one, 
     python reward.py --check=True                       then: sanity checks of data, loss and model, a verdict a line
     python reward.py --loss=dpo --causal=True --learning_rate=1e-4 --muon_lr=1e-3 --out_dir=out/dpo
 
-The trunk starts from the SFT model; causal=False makes it an encoder, whose tokens all see each other.
+The trunk is the SFT model's; causal=False makes it an encoder: all tokens see each other, and it restores tampered answers.
 """
 import copy, math, sys, time
 from dataclasses import asdict
@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from bpe import render_chat
-from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, load_checkpoint,
-                          one_of, parallel, peak_memory_mb, resume, rng, save_checkpoint, start_run)
+from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, one_of, parallel,
+                          peak_memory_mb, resume, rng, save_checkpoint, start_run)
 from data.answers import log_prob, pad_left, pair_figures, prompt_ids, tamper
 from data.dataset import endless_order, load_examples, load_gold
 from data.pretrained import load_chat_model
@@ -149,7 +149,8 @@ if __name__ == "__main__":
     config = configure(globals())
 
     # 1. model, data, machine
-    checkpoint = resume(config, {'optimizer', 'dataset', 'loss', 'causal'})
+    config['init_from'] = 'resume' if check else init_from  # what is checked is the run in out_dir, by its own settings
+    checkpoint = resume(config, {'loss', 'causal'} if check else {'optimizer', 'dataset', 'loss', 'causal'})
     globals().update(config)
     at_least_one(config, 'eval_interval', 'log_interval', 'batch_size', 'gradient_accumulation_steps', 'normalize_prompts')
     one_of(config, loss=('bt', 'margin', 'bt_margin', 'dpo'), causal=(True,) if loss == 'dpo' else (True, False))
@@ -160,27 +161,25 @@ if __name__ == "__main__":
     def make():
         """A fresh (model, reference): a reward model of the policy's weights, or for DPO the policy and a copy of it."""
         trunk = copy.deepcopy(policy).to(run.device)
-        trunk.config.causal = causal
+        vars(trunk.config).update({'causal': True} if causal else {'causal': False, 'window': 0, 'n_sink': 0})
         torch.manual_seed(seed)
-        return (trunk, policy) if loss == 'dpo' else (RewardModel(trunk).to(run.device), None)
+        return (trunk, policy.to(run.device)) if loss == 'dpo' else (RewardModel(trunk).to(run.device), None)
     train_pairs, val_pairs = (prepare_pairs(rows, tok, policy.config.block_size)
                               for rows in (train_rows[:max_pairs or None], val_rows))
     train_pairs = toss_labels(train_pairs) if shuffle_labels else train_pairs
-    train_pairs.sort(key=lambda pair: len(pair[0][0]))  # neighbours are padded little
     first, sequences = checkpoint.get('step', 0), gradient_accumulation_steps * batch_size  # pairs a step, of all ranks
-    max_iters = config['max_iters'] = max_iters or len(train_pairs) // sequences
+    max_iters = config['max_iters'] = max_iters or -(-len(train_pairs) // sequences)
     n_tokens = 2 * sum(len(pair[0][0]) for pair in train_pairs) / len(train_pairs) * sequences * (max_iters - first)
     run = start_run(config, flops=policy.flops_per_token(policy.config.block_size) * n_tokens)
     model, reference = make()
+    model.load_state_dict({**checkpoint.get('model', model.state_dict()), **dict(model.named_buffers(recurse=False))})  # unscaled
     if check:
-        model.load_state_dict(load_checkpoint(out_dir)['model'] | {'shift': torch.zeros(()), 'scale': torch.ones(())})
-        figures = evaluate(model, reference, val_pairs, gold, run)
-        sys.exit(sanity_checks(train_pairs[:2000], val_pairs, gold, make, figures, run))
+        sys.exit(sanity_checks(train_pairs[:2000], val_pairs, gold, make, evaluate(model, reference, val_pairs, gold, run), run))
+    train_pairs.sort(key=lambda pair: len(pair[0][0]))  # neighbours are padded little
     trunk = model if loss == 'dpo' else model.trunk
     optimizers = trunk.optimizers(optimizer, learning_rate, weight_decay, (0.9, 0.95), muon_lr)
     if loss != 'dpo':
         optimizers[0].add_param_group({'params': model.head.parameters(), 'weight_decay': 0.0, 'lr_scale': 1.0})
-    model.load_state_dict(checkpoint.get('model', model.state_dict()))
     for o, old in zip(optimizers, checkpoint.get('optimizer', [])):  # the moments, under this run's settings
         o.load_state_dict({'state': old['state'], 'param_groups': o.state_dict()['param_groups']})
     trained = parallel(model, run, gradient_accumulation_steps=gradient_accumulation_steps)
@@ -222,7 +221,7 @@ if __name__ == "__main__":
             if run.world > 1:  # the ranks exchange gradients once a step
                 trained.require_backward_grad_sync = i == len(micro_batches) - 1
             with run.autocast:
-                if denoise_weight and not causal:  # in one pass with the scores
+                if denoise_weight and not causal:  # in one pass with the scores; the pad token, which no text has, is a blank
                     noise = rng(seed, step, run.rank + i * run.world, device=run.device)
                     scores, restored = trained(*tamper(idx, mask, tok.special['<|pad|>'], noise))
                 else:
@@ -258,12 +257,13 @@ if __name__ == "__main__":
     if run.master:
         seconds, figures = time.time() - began, evaluate(model, reference, val_pairs, gold, run)
         if loss != 'dpo':
-            idx = pad_left([prompt_ids(row['prompt'], tok) for row in val_rows[:normalize_prompts]], run.device)
+            room = max(1, policy.config.block_size - max_new_tokens)  # a longer prompt is cut on the left
+            idx = pad_left([prompt_ids(row['prompt'], tok)[-room:] for row in val_rows[:normalize_prompts]], run.device)
             with torch.no_grad(), run.autocast:
                 out = policy.to(run.device).generate(idx, max_new_tokens, stop=[tok.special['<|end|>']],
                                                      generator=rng(seed, step, device=run.device))
                 std, mean = torch.std_mean(model(out, torch.arange(out.size(1), device=run.device) >= idx.size(1)).float())
-            model.shift.add_(mean / model.scale), model.scale.div_(std)
+            model.shift.add_(mean), model.scale.div_(std if std > 0 else 1)
         save_checkpoint(out_dir, snapshot(step))
         print(*(f'    {name:24} {value:8.4f}' for name, value in figures.items()), sep='\n')
         logger.final({**figures, 'seconds': seconds, 'peak_memory_mb': peak_memory_mb(run.type), 'steps': step,

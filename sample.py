@@ -21,7 +21,7 @@ out_dir = 'out/base'      # folder of the run
 start = '\n'              # the text to continue; FILE:prompt.txt reads it from a file
 num_samples = 3           # continuations, made in one batch
 max_new_tokens = 300      # tokens of each, at most
-temperature = 0.8         # below 1 bolder, above 1 wilder; 0 = always the likeliest token
+temperature = 0.8         # below 1 safer, above 1 wilder; 0 = always the likeliest token
 top_k = 0                 # only the k likeliest tokens; 0 = all
 top_p = 1.0               # only the fewest tokens that together reach this probability
 seed = 1337

@@ -89,8 +89,8 @@ def prepare_examples(rows, tok, block_size):
     return examples
 
 def get_batch(examples):
-    """Pad examples on the right: x (B, T), y the same shifted by one, and mask, 1 where y counts. What a causal
-    model sees on the left of a token is real, so the padding needs no mask of its own."""
+    """Pad examples on the right: x (B, T), y the same shifted by one, and mask, 1 where y counts. A causal model's tokens
+    see no padding on their right, so it needs no mask of its own (the balancing loss of experts alone counts it)."""
     ids, mask = (pad_sequence(part, batch_first=True) for part in zip(*examples))
     return ids[:, :-1], ids[:, 1:], mask[:, 1:]
 

@@ -63,6 +63,7 @@ def tamper(idx, mask, blank, generator):
     both sides (BERT, arXiv 1810.04805); a trunk that learned to look back alone needs the practice (2404.05961)."""
     chosen, own = idx.chunk(2)[0], mask.chunk(2)[0]
     hit, blanked = ((own > 0) & (torch.rand(own.shape, generator=generator, device=own.device) < p) for p in (0.4, 0.5))
+    hit = hit | (own > 0) & ~hit.any()  # where chance spared all none is spared: a mean over nothing is NaN
     others = chosen[own > 0]
     others = others[torch.randint(len(others), own.shape, generator=generator, device=own.device)]
     noisy = torch.where(hit, others.masked_fill(blanked, blank), chosen)
@@ -93,7 +94,7 @@ def auc(right, wrong):
 
 def calibration_error(d, labels, bins=10):
     """How far sigmoid(d), the probability of a choice, is from the share of such choices that were made (labels, 0
-    or 1): the mean distance over bins of equally many pairs (arXiv 1706.04599)."""
+    or 1): the mean distance over bins of equally many pairs (those of arXiv 1706.04599 are equally wide)."""
     p, order = torch.sigmoid(d), d.argsort()
     parts = zip(p[order].chunk(bins), labels[order].float().chunk(bins))
     return (sum(len(a) * (a.mean() - b.mean()).abs() for a, b in parts) / len(d)).item()

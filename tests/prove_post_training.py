@@ -1,7 +1,7 @@
 """
 The proof of post-training: the whole chain on wordplay, on several seeds, and the table of what it showed on held-out
-prompts that were not looked at while tuning. Runs that have ended are not repeated; a seed takes about 40 minutes of
-one core, the first one, with all its controls, about 55.
+prompts that were not looked at while tuning. Runs that have ended are not repeated; a seed takes about 45 minutes of
+one core, the first one, with all its controls, about 70.
 
     python tests/prove_post_training.py
     python tests/prove_post_training.py --seeds=1 --out=out/proof
@@ -24,7 +24,7 @@ RUNS = {  # name: (command, with {o} the folder of the seed; whether the first s
     'base': (f'train.py {W}/base.py', True),
     'sft': (f'sft.py {W}/sft.py --init_from={args.out}/{args.seeds.split(",")[0]}/base', False),
     'reward': (f'reward.py {W}/reward.py --init_from={{o}}/sft', False),
-    'reward_tossed': (f'reward.py {W}/reward.py --init_from={{o}}/sft --shuffle_labels=True --max_iters=200', False),
+    'reward_tossed': (f'reward.py {W}/reward.py --init_from={{o}}/sft --shuffle_labels=True --max_iters=600', False),
     'ppo_gold': (f'ppo.py {W}/ppo_gold.py --init_from={{o}}/sft', False),
     'ppo': (f'ppo.py {W}/ppo.py --init_from={{o}}/sft {P}', False),
     'rloo': (f'ppo.py {W}/rloo.py --init_from={{o}}/sft {P}', True),

@@ -9,7 +9,7 @@ import torch
 
 import reward
 from bpe import Tokenizer
-from configurator import load_checkpoint, read_log, rng
+from configurator import load_checkpoint, read_log, rng, save_checkpoint
 from conftest import CPU, call, finish, flags, letters, ok, one_line, start
 from data.answers import auc, calibration_error, pad_left, pair_figures, tamper
 from data.dataset import load_gold, read_jsonl
@@ -268,6 +268,21 @@ def test_the_checks_give_a_verdict_a_line(letters_data, small_reward, small_sft,
     lines = [line for line in made.stdout.splitlines() if line[:6] in ('ok    ', 'FAILED')]
     assert len(lines) == 7 and 'by heart: accuracy 1.00' in made.stdout, made.stdout + made.stderr
     assert all(line.startswith('ok') for line in lines[:3])
+
+
+def test_a_decoder_is_checked_as_the_decoder_it_is(letters_data, small_base, tmp_path):
+    ok(call('reward.py', *flags(FAST, dataset=letters_data, init_from=small_base, out_dir=tmp_path, causal=True, max_iters=30)))
+    made = call('reward.py', '--check=True', f'--out_dir={tmp_path}')
+    assert f"length alone: accuracy {final(tmp_path)['accuracy_clean']:.3f}" in made.stdout, made.stdout + made.stderr
+
+
+def test_an_encoder_of_a_windowed_model_sees_all_and_can_be_loaded(letters_data, small_base, tmp_path):
+    checkpoint = load_checkpoint(str(small_base))
+    checkpoint['model_args'] |= dict(window=8, n_sink=2)
+    save_checkpoint(str(tmp_path / 'base'), checkpoint)
+    ok(call('reward.py', *flags(FAST, dataset=letters_data, init_from=tmp_path / 'base', out_dir=tmp_path / 'run')))
+    config = load_reward_model(str(tmp_path / 'run'), tok).trunk.config
+    assert (config.causal, config.window, config.n_sink) == (False, 0, 0)
 
 
 @pytest.mark.parametrize('args, message', [

@@ -8,5 +8,5 @@
 # Result: none yet at this length; the commands have been run for a few steps.
 
 max_pairs = 8000
-max_iters = 125   # each of them once
-eval_interval = 25
+max_iters = 500   # each of them once
+eval_interval = 100

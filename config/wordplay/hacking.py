@@ -2,9 +2,10 @@
 # gold falls.
 # python ppo.py config/wordplay/hacking.py
 #
-# Result of 50 iterations: score 0.10 -> 0.16, gold 0.63 -> 0.33, greedily right 0.99 -> 0.63, KL 1.5; 8 minutes on a busy core.
+# Result of 70 iterations: score -0.1 -> 1.3, gold 0.63 -> 0.01, KL 47 nats an answer; 270 s on one core. Every answer ends up
+# like CCNCCNC, which 400 pairs never taught the judge to dislike.
 
 out_dir = 'out/hacking'
 reward_model = 'out/reward_few'
 kl_control = 'none'
-max_iters = 50
+max_iters = 70
