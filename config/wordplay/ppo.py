@@ -1,7 +1,8 @@
 # The chain on wordplay, 4 of 4: PPO with the learned reward.
 # python ppo.py config/wordplay/ppo.py
 #
-# Result: 0.640 -> 0.834 by sampling at KL 0.233, 0.987 -> 0.977 greedily; 255 s on one core, 81 answers a second.
+# Result, two seeds: 0.647 -> 0.900 and 0.646 -> 0.914 by sampling at KL 0.320 and 0.331, 0.987 -> 0.982 and 0.990 -> 0.986
+# greedily; about 6 minutes on a free core, 95 answers a second.
 
 out_dir = 'out/ppo'
 init_from = 'out/sft'
