@@ -26,6 +26,7 @@ def draw(folders, path, labels=None, metrics='', first=0):
                 series.setdefault(panel, {}).setdefault(curve, {}).setdefault(record['step'], []).append(record[key])
     if not series:
         return print(f'{path} not drawn: no {metrics or "metric"} is logged from step {first} on')
+    curves = [*dict.fromkeys(curve for panel in series.values() for curve in panel)]
     columns = min(3, len(series))
     rows = -(-len(series) // columns)
     figure = Figure(figsize=(5 * columns, 3.5 * rows), layout='constrained')
@@ -33,11 +34,15 @@ def draw(folders, path, labels=None, metrics='', first=0):
         axis = figure.add_subplot(rows, columns, i, title=key, xlabel='step')
         for label, points in series[key].items():
             steps, values = zip(*sorted(points.items()))
-            line, = axis.plot(steps, [np.mean(v) for v in values], label=label)
-            axis.fill_between(steps, [*map(min, values)], [*map(max, values)], alpha=0.2, color=line.get_color())
+            color = f'C{curves.index(label) % 10}'  # the same in every panel
+            axis.plot(steps, [np.mean(v) for v in values], label=label, color=color)
+            axis.fill_between(steps, [*map(min, values)], [*map(max, values)], alpha=0.2, color=color)
         axis.grid(alpha=0.3)
-        if len(series[key]) > 1:
+        if len(series[key]) > 1 and key.startswith('moe/'):
             axis.legend(fontsize='small', ncols=1 + (len(series[key]) > 6))
+    most = max(figure.axes, key=lambda axis: len(axis.lines) * (axis.get_legend() is None))
+    if len(most.lines) > 1 and not most.get_legend():  # the runs have one legend for all panels
+        figure.legend(handles=[*most.lines], loc='outside lower center', ncols=columns, fontsize='small')
     figure.savefig(path, dpi=80)
 
 def compare(folders, picture, metrics='', first=0):

@@ -3,7 +3,7 @@
 # python train.py config/course/moe_hybrid.py
 # python configurator.py out/moe out/moe_hybrid
 #
-# Result of one seed: 4.429 after --max_iters=150, better than experts in every layer (4.466).
+# Result of three seeds after --max_iters=300: 4.094, 4.127, 4.098; experts in every layer: 4.103, 4.106, 4.119.
 
 out_dir = 'out/moe_hybrid'
 tokenizer = 'bpe'

@@ -3,7 +3,8 @@
 # python train.py config/course/moe_none.py
 # python configurator.py out/moe out/moe_none
 #
-# Result of one seed: 4.464 after --max_iters=150, no worse than with the balancing loss (4.466).
+# Result of three seeds after --max_iters=300: 4.104, 4.105, 4.109, no worse than with the balancing loss; the busiest expert of a
+# layer has 3.5 to 3.8 times an even share at the end.
 
 out_dir = 'out/moe_none'
 tokenizer = 'bpe'

@@ -1,7 +1,8 @@
 # PPO with the true measure as its reward: what PPO itself can do, apart from what the reward model gets wrong.
 # python ppo.py config/wordplay/ppo_gold.py
 #
-# Result: 0.639 -> 0.864 by sampling at KL 0.214, 0.990 -> 0.988 greedily; 252 s on one core.
+# Result of 120 iterations, one seed: 0.651 -> 0.922 by sampling at KL 0.329, 0.990 -> 0.991 greedily; 328 s on one core, 94 answers
+# a second.
 
 out_dir = 'out/ppo_gold'
 reward = 'gold'
