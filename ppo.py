@@ -19,7 +19,7 @@ import torch.nn as nn
 from bpe import printable
 from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, one_of, parallel,
                           peak_memory_mb, resume, rng, save_checkpoint, seed_for, start_run)
-from data.answers import answer, best_of, length_chunks, pad_left, prompt_ids
+from data.answers import answer, best_of, length_chunks, pad_left, prompt_ids, short_prompts
 from data.dataset import endless_order, load_examples, load_gold
 from data.pretrained import load_chat_model, load_reward_model
 from model import ScalarHead
@@ -238,8 +238,7 @@ if __name__ == "__main__":
         optimizer.load_state_dict({'state': old['state'], 'param_groups': optimizer.state_dict()['param_groups']})
     trained = parallel(policy, run, minibatch_size=minibatch_size, prompts=batch_size // group)
     logger, stop, share = Logger(out_dir, config, first, run.master), StopSignal(), batch_size // run.world
-    room = max(1, policy.gpt.config.block_size - max_new_tokens)  # a longer prompt is cut on the left
-    prompts = [prompt_ids(row['prompt'], tok)[-room:] for row in train_rows]
+    prompts = short_prompts(train_rows, tok, policy.gpt.config.block_size, max_new_tokens)
     before = evaluate(reference, tok, val_rows[:8], 1, run, None)[2] if run.master else []
 
     def snapshot(step):
@@ -361,8 +360,8 @@ if __name__ == "__main__":
         seconds, rows = time.time() - began, load_examples(dataset, test_split, 'prompt', val_rows)[:test_prompts]
         start, after = (evaluate(model, tok, rows, test_draws, run, rng(seed, max_iters, device=run.device))
                         for model in (reference, policy.gpt))
-        idx, mask, _ = rollout(policy.gpt, [prompt_ids(row['prompt'], tok)[-room:] for row in rows], end,
-                               rng(seed, device=run.device), run.device)
+        asked = short_prompts(rows, tok, policy.gpt.config.block_size, max_new_tokens)
+        idx, mask, _ = rollout(policy.gpt, asked, end, rng(seed, device=run.device), run.device)
         score, gold = judge(idx, mask, rows, judge_model)
         kl = measure(policy, reference, idx, mask, minibatch_size)[4].sum(1).mean().item()
         p, q = (min(max(f['exact_match_sampled'], 1e-6), 1 - 1e-6) for f, *_ in (start, after))

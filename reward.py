@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from bpe import render_chat
 from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, one_of, parallel,
                           peak_memory_mb, resume, rng, save_checkpoint, start_run)
-from data.answers import log_prob, pad_left, pair_figures, prompt_ids, tamper
+from data.answers import log_prob, pad_left, pair_figures, short_prompts, tamper
 from data.dataset import endless_order, load_examples, load_gold
 from data.pretrained import load_chat_model
 from model import RewardModel
@@ -92,7 +92,7 @@ def pairwise_loss(chosen, rejected, kind='bt', margin=None):
     d = chosen - rejected
     if kind == 'margin':
         return F.relu((1.0 if margin is None else margin) - d).mean()
-    if kind not in ('bt', 'bt_margin') or (kind, margin) == ('bt_margin', None):
+    if kind not in ('bt', 'bt_margin') or kind == 'bt_margin' and margin is None:
         raise ValueError(f"kind must be 'bt', 'margin', or 'bt_margin' with a margin; got {kind!r}, margin {margin}")
     return -F.logsigmoid(d - margin if kind == 'bt_margin' else d).mean()
 
@@ -257,8 +257,8 @@ if __name__ == "__main__":
     if run.master:
         seconds, figures = time.time() - began, evaluate(model, reference, val_pairs, gold, run)
         if loss != 'dpo':
-            room = max(1, policy.config.block_size - max_new_tokens)  # a longer prompt is cut on the left
-            idx = pad_left([prompt_ids(row['prompt'], tok)[-room:] for row in val_rows[:normalize_prompts]], run.device)
+            prompts = short_prompts(val_rows[:normalize_prompts], tok, policy.config.block_size, max_new_tokens)
+            idx = pad_left(prompts, run.device)
             with torch.no_grad(), run.autocast:
                 out = policy.to(run.device).generate(idx, max_new_tokens, stop=[tok.special['<|end|>']],
                                                      generator=rng(seed, step, device=run.device))

@@ -30,6 +30,11 @@ def prompt_ids(prompt, tok):
     """The ids of a user's words, up to where the answer begins."""
     return render_chat([{'role': 'user', 'content': prompt}], tok)[0]
 
+def short_prompts(rows, tok, block_size, max_new_tokens):
+    """prompt_ids of the prompts of rows; those that leave no room for max_new_tokens in the context are cut on the left."""
+    room = max(1, block_size - max_new_tokens)
+    return [prompt_ids(row['prompt'], tok)[-room:] for row in rows]
+
 def length_chunks(idx, size):
     """The rows of idx (B, T), padded with -1 on the right, in the order of length, `size` at a time: (their numbers, the
     length of the longest), so that little padding is computed."""
