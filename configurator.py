@@ -163,13 +163,13 @@ def start_run(config, flops=math.inf):
         autocast=contextlib.nullcontext() if name == 'float32' else torch.autocast(kind, dtype),
         scaler=torch.amp.GradScaler(kind, enabled=name == 'float16'))
 
-def parallel(model, run, **shared):
-    """The module to call in training: compiled where the run compiles; with several ranks, which must be able to share
-    these numbers evenly, one that averages their gradients."""
+def parallel(model, run, dynamic=None, **shared):
+    """The module to call in training: compiled where the run compiles (dynamic=True: for batches of any length, once); with
+    several ranks, which must be able to share these numbers evenly, one that averages their gradients."""
     for name, number in shared.items():
         if number % run.world:
             raise ValueError(f'{name} {number} cannot be shared by {run.world} ranks; make it a multiple of {run.world}')
-    model = torch.compile(model) if run.compile else model
+    model = torch.compile(model, dynamic=dynamic) if run.compile else model
     if run.world == 1:
         return model
     return torch.nn.parallel.DistributedDataParallel(model, device_ids=[run.device] if run.type == 'cuda' else None)
@@ -213,6 +213,9 @@ class StopSignal:
         if run.world > 1:
             torch.distributed.barrier()  # none leaves while another still works
             torch.distributed.destroy_process_group()
+            if not run.master:  # it is done; where threads of gloo's still wind down an ordinary exit now and then aborts
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(self.exit_code if stopping else 0)
         if stopping:
             if run.master:
                 print(f'stopped at step {step}; go on with: python {os.path.basename(sys.argv[0])} --init_from=resume '
