@@ -84,7 +84,7 @@ ACT = {'gelu': F.gelu, 'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'), 're
 
 class Linear(nn.Linear):
     """nn.Linear with a faster way where a CPU generates: PyTorch multiplies a matrix by one token on a single core,
-    and emulates bfloat16, which takes a third of the time when widened to float32 a few rows at a time."""
+    and emulates bfloat16, which takes a third of the time when widened to float32 some rows at a time."""
     def forward(self, x):
         w, n_token = self.weight, x.numel() // self.in_features
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu') or not w.is_cpu:
@@ -94,7 +94,7 @@ class Linear(nn.Linear):
             return super().forward(x)
         xt = x.reshape(n_token, self.in_features).T                   # (in, N)
         if w.dtype == torch.bfloat16:
-            y = torch.cat([rows.float() @ xt.float() for rows in w.split(384)]).to(w.dtype)
+            y = torch.cat([rows.float() @ xt.float() for rows in w.split(3072)]).to(w.dtype)
         else:
             y = torch.bmm(w.view(cores, -1, self.in_features), xt.expand(cores, -1, -1)).flatten(0, 1)
         y = y.T.contiguous().view(*x.shape[:-1], self.out_features)   # (out, N) -> (..., out)
@@ -111,18 +111,18 @@ def sinusoidal(pos, n_embd):
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
 
 def rope_table(pos, head_dim, base):
-    """Cosine and sine of pos / base^(2i/hs), each (..., 1, T, hs/2). In float64 where the device has it:
-    a float32 angle is off by a hundredth of a turn after a million tokens."""
+    """Cosine and sine of pos / base^(2i/hs), each (..., 1, T, hs), for both halves of a head, the sines of the first below 0.
+    In float64 where the device has it: a float32 angle is off by a hundredth of a turn after a million tokens."""
     exact = torch.float32 if pos.device.type == 'mps' else torch.float64
     rate = base ** (-torch.arange(0, head_dim, 2, device=pos.device, dtype=exact) / head_dim)
-    angle = (pos[..., None] * rate).unsqueeze(-3)
+    angle = (pos[..., None] * torch.cat((-rate, rate))).unsqueeze(-3)  # of an angle below 0 the sine changes its sign
     return angle.cos().float(), angle.sin().float()
 
 def rotate(x, rope):
-    """RoPE (arXiv 2104.09864; its pairs are neighbours, Llama's i and i + hs/2): turn a pair by its position's angle,
-    so that a score depends on the distance of the two positions alone. x (B, heads, T, hs)."""
-    (cos, sin), (a, b) = rope, x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """RoPE (arXiv 2104.09864; its pairs are neighbours, Llama's i and i + hs/2): turn a pair (a, b) by its position's angle to
+    (a cos - b sin, b cos + a sin), so that a score depends on the distance of the two positions alone. x (B, heads, T, hs)."""
+    (cos, sin), wide = rope, x.float()
+    return torch.addcmul(wide * cos, wide.roll(x.size(-1) // 2, dims=-1), sin).to(x.dtype)
 
 def visible(q_pos, k_pos, window, n_sink, causal=True):
     """The one rule of who sees whom, from positions alone: the past, no further back than the window
@@ -232,17 +232,17 @@ class Attention(nn.Module):
 
     def forward(self, x, shared, cache=None):
         c, (B, T, _) = self.config, x.shape
-        q, k, v = (t.unflatten(-1, (-1, c.head_dim)).transpose(1, 2) for t in self.c_attn(x).split(  # (B, heads, T, hs)
-            [n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)], dim=-1))
+        qk, v = self.c_attn(x).unflatten(-1, (-1, c.head_dim)).transpose(1, 2).split(  # (B, heads, T, hs)
+            [c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
         if c.qk_norm:
-            q, k = (norm(t.to(norm.weight.dtype)).to(v.dtype) for norm, t in ((self.q_norm, q), (self.k_norm, k)))
-        unturned = q
-        if shared.rope:
-            q, k = rotate(q, shared.rope), rotate(k, shared.rope)
+            qk = torch.cat([norm(t.to(norm.weight.dtype)).to(v.dtype) for norm, t in zip(
+                (self.q_norm, self.k_norm), qk.split([c.n_head, c.n_kv_head], dim=1))], dim=1)
+        turned = rotate(qk, shared.rope) if shared.rope else qk       # both at once: fewer, larger operations
+        q, k = turned.split([c.n_head, c.n_kv_head], dim=1)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         if shared.sink_rope:  # the scores of sinks come from the second half, all others from the first
-            q = torch.cat((q, rotate(unturned, shared.sink_rope)), dim=-1) * 2 ** 0.5  # hs doubles under the root
+            q = torch.cat((q, rotate(qk[:, :c.n_head], shared.sink_rope)), dim=-1) * 2 ** 0.5  # hs doubles under the root
             k = torch.cat((k.masked_fill(shared.is_sink, 0), k.masked_fill(~shared.is_sink, 0)), dim=-1)
         dropout = c.dropout if self.training else 0.0
         if shared.local:
