@@ -43,6 +43,7 @@ test_draws = 10                    # sampled answers to each
 # rollout
 batch_size = 256                   # answers an iteration, over all ranks together
 minibatch_size = 64                # answers an update, over all ranks together
+gradient_accumulation_steps = 2    # parts of a minibatch, of like length, so that they are padded less
 max_new_tokens = 32                # of an answer
 temperature = 1.0                  # of sampling, and of policy, old policy and reference wherever they are compared
 use_cache = True                   # False = rollouts without the KV cache, to see what it saves
@@ -208,7 +209,7 @@ if __name__ == "__main__":
     checkpoint = resume(config, {'dataset', 'separate_critic', 'adv'})
     globals().update(config)
     at_least_one(config, 'eval_interval', 'log_interval', 'batch_size', 'minibatch_size', 'eval_prompts', 'test_prompts',
-                 'test_draws', 'max_new_tokens', 'ppo_epochs')
+                 'test_draws', 'max_new_tokens', 'ppo_epochs', 'gradient_accumulation_steps')
     one_of(config, reward=('model', 'gold'), kl_control=('fixed', 'adaptive', 'none'), adv=('gae', 'rloo', 'grpo'))
     group = 1 if adv == 'gae' else group_size
     if batch_size % minibatch_size or batch_size % group or adv != 'gae' and group_size < 2:
@@ -231,12 +232,11 @@ if __name__ == "__main__":
     for module in (reference, policy, judge_model):
         module is not None and module.to(run.device).eval()
     value = [p for name, p in policy.named_parameters() if name.startswith(('value_head', 'critic')) and p.requires_grad]
-    groups = [{'params': policy.gpt.parameters(), 'lr_scale': 1.0},
-              {'params': value, 'lr_scale': critic_lr / (learning_rate or 1)}]
+    groups = [{'params': policy.gpt.parameters(), 'lr_scale': 1.0}, {'params': value, 'lr_scale': critic_lr / (learning_rate or 1)}]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), eps=1e-5, weight_decay=0.0)
     for old in checkpoint.get('optimizer', []):  # the moments, under this run's settings
         optimizer.load_state_dict({'state': old['state'], 'param_groups': optimizer.state_dict()['param_groups']})
-    trained = parallel(policy, run, minibatch_size=minibatch_size, prompts=batch_size // group)
+    trained = parallel(policy, run, dynamic=True, minibatch_size=minibatch_size, prompts=batch_size // group)
     logger, stop, share = Logger(out_dir, config, first, run.master), StopSignal(), batch_size // run.world
     prompts = short_prompts(train_rows, tok, policy.gpt.config.block_size, max_new_tokens)
     before = evaluate(reference, tok, val_rows[:8], 1, run, None)[2] if run.master else []
@@ -262,8 +262,7 @@ if __name__ == "__main__":
         if stopping:
             break
         if run.master and (done or step % eval_interval == 0):
-            generator = rng(seed, step, device=run.device)
-            figures, _, greedy = evaluate(policy.gpt, tok, val_rows[:eval_prompts], 2, run, generator)
+            figures, _, greedy = evaluate(policy.gpt, tok, val_rows[:eval_prompts], 2, run, rng(seed, step, device=run.device))
             logger.log(step, {f'eval/{name}': value for name, value in figures.items()})
             for row, was, now in zip(val_rows, before, greedy):
                 print(printable(f"    {row['prompt']} -> {was} -> {now}   (gold: {row.get('response', '?')})"), flush=True)
@@ -305,29 +304,32 @@ if __name__ == "__main__":
             for rows in order.split(minibatch_size // run.world):
                 if kl_stop and seen and seen[-1][0] > kl_stop:  # the same on all ranks
                     continue
-                T = int((idx[rows] >= 0).sum(1).max())
-                a, m = (x[rows, :T - 1] for x in (advantages, mask))
-                with run.autocast:
-                    logits, new_values = trained(idx[rows, :T])
-                    logp = logits[:, :-1].log_softmax(-1).gather(-1, idx[rows, 1:T].clamp(min=0)[..., None])[..., 0]
-                    pg_loss = policy_loss(logp, old_logp[rows, :T - 1], a, m, clip_range)
-                    vf_loss = value_loss(new_values[:, :-1], values[rows, :T - 1], returns[rows, :T - 1], m, value_clip)
-                    total = pg_loss + moe_aux_weight * policy.gpt.aux_loss() + value_coef * (adv == 'gae') * vf_loss
-                run.scaler.scale(total).backward()
+                found, tokens = 0.0, mask[rows].sum()
+                for part, T in length_chunks(idx[rows], -(-len(rows) // gradient_accumulation_steps)):
+                    part = rows[part]
+                    a, m, old, v, r = (x[part, :T - 1] for x in (advantages, mask, old_logp, values, returns))
+                    with run.autocast:
+                        logits, new_values = trained(idx[part, :T])
+                        logp = logits[:, :-1].log_softmax(-1).gather(-1, idx[part, 1:T].clamp(min=0)[..., None])[..., 0]
+                        pg_loss = policy_loss(logp, old, a, m, clip_range)
+                        vf_loss = value_loss(new_values[:, :-1], v, r, m, value_clip)
+                        total = pg_loss + moe_aux_weight * policy.gpt.aux_loss() + value_coef * (adv == 'gae') * vf_loss
+                    share_of_tokens = m.sum() / tokens                # every token of the minibatch weighs the same
+                    run.scaler.scale(total * share_of_tokens).backward()
+                    with torch.no_grad():
+                        ratio, v_moved = (logp - old).exp(), (new_values[:, :-1] - v).abs()
+                        told = ((logp - old).square() / 2, ratio, (ratio - 1).abs() > clip_range, v_moved > value_clip)
+                        found += torch.stack([*(masked_mean(x, m) for x in told), pg_loss, vf_loss]) * share_of_tokens
                 run.scaler.unscale_(optimizer)
                 grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip or math.inf)
-                if not torch.isfinite(total if run.scaler.is_enabled() else grad_norm):
-                    raise diverged(step, out_dir, saved, loss=total, grad_norm=grad_norm)
+                if not torch.isfinite(found[4] if run.scaler.is_enabled() else grad_norm):
+                    raise diverged(step, out_dir, saved, loss=found[4], grad_norm=grad_norm)
                 run.scaler.step(optimizer)
                 optimizer.zero_grad(set_to_none=True)
                 run.scaler.update()
-                with torch.no_grad():
-                    moved, v_moved = logp - old_logp[rows, :T - 1], (new_values[:, :-1] - values[rows, :T - 1]).abs()
-                    far = (moved.exp() - 1).abs() > clip_range
-                    found = [masked_mean(x, m) for x in (moved.square() / 2, moved.exp(), far, v_moved > value_clip)]
-                    seen.append(torch.stack([*found, pg_loss, vf_loss, grad_norm]) / run.world)
-                    if run.world > 1:
-                        dist.all_reduce(seen[-1])
+                seen.append(torch.cat((found, grad_norm[None])) / run.world)
+                if run.world > 1:
+                    dist.all_reduce(seen[-1])
 
         # 8. KL control: the weight follows the distance, an answer's nats, slowly (arXiv 1909.08593, section 2.2)
         record = {'objective/kl': log_ratio.sum(1).mean(), 'objective/kl_exact': exact_kl.sum(1).mean(),
@@ -347,8 +349,7 @@ if __name__ == "__main__":
         now = time.time()
         train_seconds, rollout_seconds = train_seconds + now - last_time, rollout_seconds + rollout_time
         if step % log_interval == 0:
-            names = ('policy/approxkl', 'val/ratio', 'policy/clipfrac', 'val/clipfrac', 'loss/policy', 'loss/value',
-                     'grad_norm')
+            names = 'policy/approxkl val/ratio policy/clipfrac val/clipfrac loss/policy loss/value grad_norm'.split()
             logger.log(step, record | dict(zip(names, torch.stack(seen).mean(0).tolist())) | {
                 'val/first_ratio': seen[0][1], 'updates': len(seen), 'lr': lr,
                 'rollout_share': rollout_time / (now - last_time), 'episodes_per_second': batch_size / (now - last_time)})

@@ -165,7 +165,7 @@ if __name__ == "__main__":
     optimizers = model.optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), muon_lr)
     for o, old in zip(optimizers, checkpoint.get('optimizer', [])):  # the moments, under this run's settings
         o.load_state_dict({'state': old['state'], 'param_groups': o.state_dict()['param_groups']})
-    trained = parallel(model, run, gradient_accumulation_steps=gradient_accumulation_steps)
+    trained = parallel(model, run, dynamic=True, gradient_accumulation_steps=gradient_accumulation_steps)
     logger = Logger(f'{out_dir}/eval' if eval_only else out_dir, config, first, run.master)
     stop = StopSignal()
     if run.master:

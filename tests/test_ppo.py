@@ -227,7 +227,8 @@ def test_a_learned_reward_is_taken_and_the_figures_told(letters_data, small_sft,
     for key in ('exact_match', 'exact_match_sampled', 'score', 'gold', 'kl', 'kl_minimum', 'ended', 'episodes_per_second',
                 'best_of_4', 'seconds', 'peak_memory_mb', 'rollout_share'):
         assert key in figures
-    assert '   (gold: ' in made and log[0]['objective/non_score_reward'] == pytest.approx(0, abs=1e-5)
+    shown = [line.rsplit(' -> ', 1)[0] for line in made.splitlines() if '   (gold: ' in line]  # the prompt and the first answer
+    assert len(shown) == 3 * len(set(shown)) and log[0]['objective/non_score_reward'] == pytest.approx(0, abs=1e-5)
     assert [r['objective/kl_coef'] for r in log[:2]] == pytest.approx([0.1, 0.09])  # KL 0 is below the target: at most -0.2 * 16 / 32
     for before, after in zip(log[1:], log[2:]):  # and then above it
         up = 1 + min(0.2, max(-0.2, before['objective/kl_exact'] / 1e-4 - 1)) * 16 / 32
@@ -244,6 +245,19 @@ def test_a_stopped_run_goes_on_bit_for_bit(letters_data, small_sft, small_reward
     a, b = (load_checkpoint(str(tmp_path / name)) for name in ('whole', 'half'))
     assert all(torch.equal(a['policy'][key], b['policy'][key]) for key in a['policy']) and a['kl_coef'] == b['kl_coef']
     assert final(tmp_path / 'whole')['exact_match_sampled'] == final(tmp_path / 'half')['exact_match_sampled']
+
+
+def test_a_minibatch_in_one_part_or_three_gives_the_same_step(letters_data, small_sft, tmp_path):
+    found = {}
+    for parts in (1, 3):
+        ok(call('ppo.py', *flags(FAST, dataset=letters_data, init_from=small_sft.folder, out_dir=tmp_path / str(parts), reward='gold',
+                                 gradient_accumulation_steps=parts, max_iters=1, learning_rate=1e-3, ppo_epochs=1)))
+        found[parts] = (load_checkpoint(tmp_path / str(parts) / 'ckpt.pt')['policy'], metrics(tmp_path / str(parts))[0])
+    (one, log), (three, other) = found.values()
+    for name, weight in one.items():
+        assert torch.allclose(weight, three[name], atol=2e-5), name
+    for key in ('policy/approxkl', 'policy/clipfrac', 'val/clipfrac', 'loss/policy', 'loss/value', 'grad_norm'):
+        assert other[key] == pytest.approx(log[key], rel=1e-3, abs=1e-5), key
 
 
 def test_two_ranks_share_the_work(letters_data, small_sft, small_reward, tmp_path):
