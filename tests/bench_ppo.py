@@ -8,8 +8,9 @@ an iteration, 2 epochs of minibatches of 64; prompts of 25 tokens or so, and ans
         python -m venv FOLDER; FOLDER/bin/pip install trl==1.9.2     (whose releases after that one dropped PPO)
 
 A shared trunk, ppo.py's default, has less to compute than TRL's critic, which is always a second model: beside it stands
-the like of that, --separate_critic=True. 'short answers' end by themselves, after 10 tokens on average. A ratio is of the
-least times of some iterations each, so it wants a quiet machine; all of it takes ten minutes where that is busy.
+the like of that, --separate_critic=True. 'short answers' end by themselves, after 10 tokens on average: TRL generates 32
+all the same, trains on them, and masks what follows the end. A ratio is of the least times of some iterations each, so it
+wants a quiet machine; all of it takes ten minutes where that is busy.
 """
 import json, math, os, random, subprocess, sys, tempfile, time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -63,17 +64,18 @@ def run(*command):
         sys.exit(done.stdout + done.stderr)
     return done.stdout.splitlines()[-1]
 
-def trl(folder):
+def trl(folder, policy='endless'):
     """In the other Python: print the seconds of TRL's iterations. What it does by default and would slow it down here
     is off: bfloat16 and gradient checkpointing; and no batch is cut into more parts than ours."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer
-    source, clock = os.path.join(folder, 'endless'), []
+    source, clock = os.path.join(folder, policy), []
     class Clock(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
             clock.append(time.perf_counter())
+    tok = AutoTokenizer.from_pretrained(source, padding_side='left')
     language = lambda: AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     scalar = lambda: AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, dtype=torch.float32)
     with open(os.path.join(folder, 'prompts_train.jsonl'), encoding='utf-8') as f:
@@ -84,14 +86,14 @@ def trl(folder):
         num_mini_batches=BATCH // MINIBATCH, local_rollout_forward_batch_size=BATCH, num_ppo_epochs=EPOCHS,
         total_episodes=BATCH * ITERATIONS, response_length=N_NEW, temperature=1.0, learning_rate=RATE,
         gradient_checkpointing=False, bf16=False, use_cpu=True, num_sample_generations=0, report_to='none',
-        save_strategy='no')
-    PPOTrainer(config, AutoTokenizer.from_pretrained(source, padding_side='left'), language(), language(), scalar(),
+        save_strategy='no', stop_token_id=tok.convert_tokens_to_ids('<|end|>'))
+    PPOTrainer(config, tok, language(), language(), scalar(),
                prompts, scalar(), eval_dataset=prompts, callbacks=[Clock()]).train()
     print(json.dumps([[b - a, math.nan, math.nan] for a, b in zip(clock, clock[1:])]))
 
 if __name__ == '__main__':
     if sys.argv[1:2] == ['trl']:
-        sys.exit(trl(sys.argv[2]))
+        sys.exit(trl(*sys.argv[2:]))
     python = next((word.removeprefix('--trl=') for word in sys.argv[1:] if word.startswith('--trl=')), '')
     sys.path.insert(0, ROOT)
     with tempfile.TemporaryDirectory() as folder:
@@ -101,6 +103,7 @@ if __name__ == '__main__':
                  'short answers': lambda: ours(folder, 'ending')}
         if python:
             sides['TRL'] = lambda: json.loads(run(python, os.path.abspath(__file__), 'trl', folder))
+            sides['TRL, short'] = lambda: json.loads(run(python, os.path.abspath(__file__), 'trl', folder, 'ending'))
         found = {name: [] for name in sides}
         for _ in range(ROUNDS):
             for name, side in sides.items():
@@ -110,5 +113,6 @@ if __name__ == '__main__':
         told = '' if math.isnan(share) else f', rollout {share:4.0%} of it, {length:4.1f} tokens an answer'
         print(f'{name:>15}: {seconds:6.2f} s an iteration, {BATCH / seconds:6.1f} episodes/s{told}')
     ratio = lambda a, b: f'{a} / {b} {best[a][0] / best[b][0]:.2f}'
-    print(ratio('no cache', 'ours'), *([ratio('TRL', 'ours'), ratio('TRL', 'separate critic')] if python else
+    print(ratio('no cache', 'ours'), *([ratio('TRL', 'ours'), ratio('TRL', 'separate critic'),
+                                        ratio('TRL, short', 'short answers')] if python else
                                        ['for TRL, give --trl=PYTHON (see the top of this file)']), sep=', ')
