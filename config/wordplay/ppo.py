@@ -1,8 +1,8 @@
 # The chain on wordplay, 4 of 4: PPO with the learned reward.
 # python ppo.py config/wordplay/ppo.py
 #
-# Result, two seeds: 0.647 -> 0.900 and 0.646 -> 0.914 by sampling at KL 0.320 and 0.331, 0.987 -> 0.982 and 0.990 -> 0.986
-# greedily; about 6 minutes on a free core, 95 answers a second.
+# Result, three seeds: 0.647 -> 0.898, 0.645 -> 0.906 and 0.632 -> 0.885 by sampling at KL 0.319, 0.336 and 0.328, greedily
+# 0.987 -> 0.984, 0.990 -> 0.985 and 0.994 -> 0.980; 6.3 minutes on the 2-core CPU with AVX2, 119 answers a second.
 
 out_dir = 'out/ppo'
 init_from = 'out/sft'

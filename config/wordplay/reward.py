@@ -2,8 +2,8 @@
 # answers from wrong ones.
 # python reward.py config/wordplay/reward.py
 #
-# Result, two seeds: accuracy on clean labels 0.956 and 0.954, 0.998 and 0.995 where one of the two answers is right, AUC 0.991
-# and 0.986, calibration error 0.064 and 0.059; 4,500 steps of some 0.21 s on a free core.
+# Result, three seeds: accuracy on clean labels 0.956, 0.943 and 0.944, and 0.995, 0.992 and 0.983 where one of the two answers is
+# right, AUC 0.980, 0.975 and 0.970, calibration error 0.062, 0.060 and 0.072; 10.6 minutes on the 2-core CPU with AVX2.
 
 out_dir = 'out/reward'
 init_from = 'out/sft'
