@@ -180,7 +180,7 @@ if __name__ == "__main__":
     trunk = model if loss == 'dpo' else model.trunk
     optimizers = trunk.optimizers(optimizer, learning_rate, weight_decay, (0.9, 0.95), muon_lr)
     if loss != 'dpo':
-        optimizers[0].add_param_group({'params': model.head.parameters(), 'weight_decay': 0.0, 'lr_scale': 5.0})  # starts from nothing
+        optimizers[0].add_param_group({'params': model.head.parameters(), 'weight_decay': 0.0, 'lr_scale': 5.0})  # it is new
     for o, old in zip(optimizers, checkpoint.get('optimizer', [])):  # the moments, under this run's settings
         o.load_state_dict({'state': old['state'], 'param_groups': o.state_dict()['param_groups']})
     trained = parallel(model, run, dynamic=True, gradient_accumulation_steps=gradient_accumulation_steps)

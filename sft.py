@@ -21,7 +21,7 @@ from bpe import printable, render_chat
 from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, one_of, parallel,
                           peak_memory_mb, resume, rng, save_checkpoint, seed_for, start_run)
 from data.answers import answer, rouge_l, token_f1
-from data.dataset import endless_order, load_examples
+from data.dataset import grouped_order, load_examples
 from data.pretrained import load_chat_model
 
 # -----------------------------------------------------------------------------
@@ -111,8 +111,7 @@ def batch_indices(by_length, step, config):
         starts = [round(config['max_iters'] * config['curriculum_frac'] * i / max(1, stages - 1)) for i in range(stages)]
         stage = sum(step >= start for start in starts) - 1
         began, n = starts[stage], math.ceil(n * (stage + 1) / stages)
-    indices = endless_order(n, (step - began) * count, count, config['seed'], stage)
-    return [by_length[i] for i in sorted(indices)]  # in the order of length, so that micro-batches are padded little
+    return [by_length[i] for i in grouped_order(n, step - began, count, 1, config['seed'], stage)]  # micro-batches are alike
 
 @torch.no_grad()
 def response_loss(model, examples, run, batch=64):
