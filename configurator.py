@@ -174,6 +174,12 @@ def parallel(model, run, dynamic=None, **shared):
         return model
     return torch.nn.parallel.DistributedDataParallel(model, device_ids=[run.device] if run.type == 'cuda' else None)
 
+def sum_over_ranks(x):
+    """The tensor x, summed over all ranks in place, where there are several."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x)
+    return x
+
 def diverged(step, out_dir, saved, **numbers):
     """The error to raise for a loss or a gradient that is no number."""
     text = ', '.join(f'{k} {float(v):.4g}' for k, v in numbers.items())
@@ -203,13 +209,10 @@ class StopSignal:
 
     def by_any_rank(self, run):
         """Whether a rank was asked to stop. All ranks ask together, so that they end after the same step."""
-        asked = torch.tensor(float(self.requested), device=run.device)
-        if run.world > 1:
-            torch.distributed.all_reduce(asked)
-        return asked.item() > 0
+        return sum_over_ranks(torch.tensor(float(self.requested), device=run.device)).item() > 0
 
     def leave(self, run, stopping, step, out_dir):
-        """The end of the ranks' work together, and where a signal ended it, of the process: how to go on is said."""
+        """The end of the ranks' work together: the first goes on alone. Where a signal ended it, it says how to go on, and ends."""
         if run.world > 1:
             torch.distributed.barrier()  # none leaves while another still works
             torch.distributed.destroy_process_group()
@@ -217,9 +220,7 @@ class StopSignal:
                 sys.stdout.flush(), sys.stderr.flush()
                 os._exit(self.exit_code if stopping else 0)
         if stopping:
-            if run.master:
-                print(f'stopped at step {step}; go on with: python {os.path.basename(sys.argv[0])} --init_from=resume '
-                      f'--out_dir={out_dir}')
+            print(f'stopped at step {step}; go on with: python {os.path.basename(sys.argv[0])} --init_from=resume --out_dir={out_dir}')
             sys.exit(self.exit_code)
 
 def peak_memory_mb(kind='cpu'):

@@ -14,11 +14,10 @@ differ in the last bits; and GRPO's KL penalty is part of the reward, as in the 
 import copy, math, time
 from dataclasses import asdict
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from bpe import printable
 from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, one_of, parallel,
-                          peak_memory_mb, resume, rng, save_checkpoint, seed_for, start_run)
+                          peak_memory_mb, resume, rng, save_checkpoint, seed_for, start_run, sum_over_ranks)
 from data.answers import answer, best_of, length_chunks, pad_left, prompt_ids, short_prompts
 from data.dataset import endless_order, load_examples, load_gold
 from data.pretrained import load_chat_model, load_reward_model
@@ -110,9 +109,8 @@ def masked_mean(x, mask):
 def whiten(x, mask, keep_mean=False):
     """x with mean 0 (or its own) and variance 1 over what mask holds, on all ranks together."""
     sums = torch.stack((mask.sum(), (x * mask).sum(), (x.square() * mask).sum())).to(torch.float32 if x.is_mps else torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    mean, variance = sums[1] / sums[0], sums[2] / sums[0] - (sums[1] / sums[0]) ** 2
+    n, total, squares = sum_over_ranks(sums)
+    mean, variance = total / n, squares / n - (total / n) ** 2
     return (((x - mean) / (variance + 1e-8).sqrt() + (mean if keep_mean else 0)) * mask).float()
 
 def compute_gae(rewards, values, mask, gamma, lam):
@@ -327,9 +325,7 @@ if __name__ == "__main__":
                 run.scaler.step(optimizer)
                 optimizer.zero_grad(set_to_none=True)
                 run.scaler.update()
-                seen.append(torch.cat((found, grad_norm[None])) / run.world)
-                if run.world > 1:
-                    dist.all_reduce(seen[-1])
+                seen.append(sum_over_ranks(torch.cat((found, grad_norm[None])) / run.world))
 
         # 8. KL control: the weight follows the distance, an answer's nats, slowly (arXiv 1909.08593, section 2.2)
         record = {'objective/kl': log_ratio.sum(1).mean(), 'objective/kl_exact': exact_kl.sum(1).mean(),
@@ -338,9 +334,7 @@ if __name__ == "__main__":
                   score.mean(), 'objective/gold': gold.mean(), 'objective/non_score_reward': penalty.sum(1).mean(),
                   'objective/rlhf_reward': (shaped + penalty.sum(1)).mean(), 'ended': ended.float().mean(),
                   'val/explained_variance': 1 - (returns - values)[mask > 0].var() / returns[mask > 0].var().clamp(1e-8)}  # 1: no critic
-        numbers = torch.stack([*record.values()]) / run.world
-        if run.world > 1:
-            dist.all_reduce(numbers)
+        numbers = sum_over_ranks(torch.stack([*record.values()]) / run.world)
         record = dict(zip(record, numbers.tolist())) | {'objective/kl_coef': kl_coef}
         if kl_control == 'adaptive':
             kl_coef *= 1 + min(0.2, max(-0.2, record['objective/kl_exact'] / kl_target - 1)) * batch_size / kl_horizon
@@ -356,25 +350,24 @@ if __name__ == "__main__":
         last_time = now
 
     # 10. the end: held-out prompts that nobody looked at, before and after
-    stop.leave(run, stopping, step, out_dir)
-    if run.master:
-        seconds, rows = time.time() - began, load_examples(dataset, test_split, 'prompt', val_rows)[:test_prompts]
-        start, after = (evaluate(model, tok, rows, test_draws, run, rng(seed, max_iters, device=run.device))
-                        for model in (reference, policy.gpt))
-        asked = short_prompts(rows, tok, policy.gpt.config.block_size, max_new_tokens)
-        idx, mask, _ = rollout(policy.gpt, asked, end, rng(seed, device=run.device), run.device)
-        score, gold = judge(idx, mask, rows, judge_model)
-        kl = measure(policy, reference, idx, mask, minibatch_size)[4].sum(1).mean().item()
-        p, q = (min(max(f['exact_match_sampled'], 1e-6), 1 - 1e-6) for f, *_ in (start, after))
-        figures = {**after[0], 'score': score.mean().item(), 'gold': gold.mean().item(), 'kl': kl,
-                   'kl_minimum': q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p)),
-                   **{f'{name}_before': value for name, value in start[0].items()}}
-        if judge_model is not None and test_draws >= 4:  # the same reward model without PPO: the best of four samples
-            conversations = [[{'role': 'user', 'content': row['prompt']}] for row in rows]
-            four = [start[1][draw * len(rows) + i][0] for i in range(len(rows)) for draw in range(4)]
-            best = best_of(judge_model, tok, conversations, four)
-            figures['best_of_4'] = sum(text == row.get('response') for text, row in zip(best, rows)) / len(rows)
-        print(*(f'    {name:28} {value:8.4f}' for name, value in figures.items()), sep='\n')
-        logger.final({**figures, 'episodes_per_second': (step - first) * batch_size / max(train_seconds, 1e-9),
-                      'rollout_share': rollout_seconds / max(train_seconds, 1e-9), 'seconds': seconds,
-                      'peak_memory_mb': peak_memory_mb(run.type), 'steps': step, 'parameters': policy.gpt.n_params()})
+    stop.leave(run, stopping, step, out_dir)  # the other ranks end here
+    seconds, rows = time.time() - began, load_examples(dataset, test_split, 'prompt', val_rows)[:test_prompts]
+    start, after = (evaluate(model, tok, rows, test_draws, run, rng(seed, max_iters, device=run.device))
+                    for model in (reference, policy.gpt))
+    asked = short_prompts(rows, tok, policy.gpt.config.block_size, max_new_tokens)
+    idx, mask, _ = rollout(policy.gpt, asked, end, rng(seed, device=run.device), run.device)
+    score, gold = judge(idx, mask, rows, judge_model)
+    kl = measure(policy, reference, idx, mask, minibatch_size)[4].sum(1).mean().item()
+    p, q = (min(max(f['exact_match_sampled'], 1e-6), 1 - 1e-6) for f, *_ in (start, after))
+    figures = {**after[0], 'score': score.mean().item(), 'gold': gold.mean().item(), 'kl': kl,
+               'kl_minimum': q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p)),
+               **{f'{name}_before': value for name, value in start[0].items()}}
+    if judge_model is not None and test_draws >= 4:  # the same reward model without PPO: the best of four samples
+        conversations = [[{'role': 'user', 'content': row['prompt']}] for row in rows]
+        four = [start[1][draw * len(rows) + i][0] for i in range(len(rows)) for draw in range(4)]
+        best = best_of(judge_model, tok, conversations, four)
+        figures['best_of_4'] = sum(text == row.get('response') for text, row in zip(best, rows)) / len(rows)
+    print(*(f'    {name:28} {value:8.4f}' for name, value in figures.items()), sep='\n')
+    logger.final({**figures, 'episodes_per_second': (step - first) * batch_size / max(train_seconds, 1e-9),
+                  'rollout_share': rollout_seconds / max(train_seconds, 1e-9), 'seconds': seconds,
+                  'peak_memory_mb': peak_memory_mb(run.type), 'steps': step, 'parameters': policy.gpt.n_params()})

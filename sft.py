@@ -14,12 +14,11 @@ answers held-out prompts, greedily and by sampling, and is compared with the gol
 import math, time
 from dataclasses import asdict
 import torch
-import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from bpe import printable, render_chat
 from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, one_of, parallel,
-                          peak_memory_mb, resume, rng, save_checkpoint, seed_for, start_run)
+                          peak_memory_mb, resume, rng, save_checkpoint, seed_for, start_run, sum_over_ranks)
 from data.answers import answer, rouge_l, token_f1
 from data.dataset import grouped_order, load_examples
 from data.pretrained import load_chat_model
@@ -230,20 +229,17 @@ if __name__ == "__main__":
 
         # 6. log
         if step % log_interval == 0:
-            if run.world > 1:
-                dist.all_reduce(loss)
-            loss = loss.item()  # waits for the GPU, so it comes before the clock is read
+            loss = sum_over_ranks(loss).item()  # waits for the GPU, so it comes before the clock is read
         now = time.time()
         if step % log_interval == 0:
             logger.log(step, {'loss': loss, 'lr': lr, 'grad_norm': grad_norm.item(), 'ms': 1000 * (now - last_time)})
         last_time = now
 
     # 7. the end
-    stop.leave(run, stopping, step, out_dir)
-    if run.master:
-        seconds, rows = time.time() - began, load_examples(dataset, test_split, 'sft', val_rows)[:test_prompts]
-        figures, _ = evaluate(model.eval(), tok, rows, run, test_draws, rng(seed, max_iters, device=run.device))
-        figures['response_loss'] = response_loss(model, val_examples, run)
-        print(*(f'    {name:24} {value:8.4f}' for name, value in figures.items()), sep='\n')
-        logger.final({**figures, 'seconds': seconds, 'peak_memory_mb': peak_memory_mb(run.type), 'steps': step,
-                      'parameters': model.n_params()})
+    stop.leave(run, stopping, step, out_dir)  # the other ranks end here
+    seconds, rows = time.time() - began, load_examples(dataset, test_split, 'sft', val_rows)[:test_prompts]
+    figures, _ = evaluate(model.eval(), tok, rows, run, test_draws, rng(seed, max_iters, device=run.device))
+    figures['response_loss'] = response_loss(model, val_examples, run)
+    print(*(f'    {name:24} {value:8.4f}' for name, value in figures.items()), sep='\n')
+    logger.final({**figures, 'seconds': seconds, 'peak_memory_mb': peak_memory_mb(run.type), 'steps': step,
+                  'parameters': model.n_params()})

@@ -14,10 +14,9 @@ import math, time
 from dataclasses import asdict
 import numpy as np
 import torch
-import torch.distributed as dist
 from bpe import printable
 from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, parallel,
-                          peak_memory_mb, resume, rng, save_checkpoint, seed_for, start_run)
+                          peak_memory_mb, resume, rng, save_checkpoint, seed_for, start_run, sum_over_ranks)
 from data.dataset import load_dataset
 from data.pretrained import load_model
 from model import GPTConfig
@@ -123,9 +122,7 @@ def evaluate(model, data, config, run):
             _, loss = model(x.to(run.device), y.to(run.device))
         total += torch.tensor([loss.item() * y.numel(), y.numel()])
     model.train(training)
-    if run.world > 1:
-        total = total.to(run.device, torch.float32 if run.type == 'mps' else torch.float64)
-        dist.all_reduce(total)
+    total = sum_over_ranks(total.to(run.device, torch.float32 if run.type == 'mps' else torch.float64))
     return (total[0] / total[1]).item()
 
 if __name__ == "__main__":
@@ -224,9 +221,7 @@ if __name__ == "__main__":
 
         # 6. log
         if step % log_interval == 0:
-            if run.world > 1:
-                dist.all_reduce(loss)
-            loss = loss.item() / run.world  # waits for the GPU, so it comes before the clock is read
+            loss = sum_over_ranks(loss).item() / run.world  # waits for the GPU, so it comes before the clock is read
         now = time.time()
         train_seconds += now - last_time
         if step % log_interval == 0:

@@ -180,7 +180,7 @@ def test_eval_iters_batches_are_spread_evenly_over_the_set(evaluating, monkeypat
 def test_the_ranks_share_the_validation_set(evaluating, monkeypatch):
     model, val_data, config, run = evaluating
     shares = []
-    monkeypatch.setattr(train.dist, 'all_reduce', lambda total: shares.append(total.clone()))
+    monkeypatch.setattr(train, 'sum_over_ranks', lambda total: shares.append(total.clone()) or total)
     for run.rank in range(3):
         run.world = 3
         train.evaluate(model, val_data, config, run)
