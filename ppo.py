@@ -68,9 +68,10 @@ separate_critic = False            # True = the value has a trunk of its own, Fa
 ppo_epochs = 1                     # passes over an iteration's answers: more learn more from each, and drift further
 kl_stop = 0.1                      # end an iteration's updates where the policy has moved this far; 0 = never
 # optimizer and schedule
-learning_rate = 4e-4
+learning_rate = 2e-4
+gain_lr = 2e-2                     # of the gain of the last norm, by which the policy is surer of all it says, or less sure
 critic_lr = 1e-3                   # of a separate critic, and of the value head
-max_iters = 140                    # iterations
+max_iters = 60                     # iterations
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0                    # largest gradient norm; 0 = no clipping
@@ -230,7 +231,9 @@ if __name__ == "__main__":
     for module in (reference, policy, judge_model):
         module is not None and module.to(run.device).eval()
     value = [p for name, p in policy.named_parameters() if name.startswith(('value_head', 'critic')) and p.requires_grad]
-    groups = [{'params': policy.gpt.parameters(), 'lr_scale': 1.0}, {'params': value, 'lr_scale': critic_lr / (learning_rate or 1)}]
+    gain = policy.gpt.ln_f.weight
+    groups = [{'params': params, 'lr_scale': lr / (learning_rate or 1)} for params, lr in (
+        ([p for p in policy.gpt.parameters() if p is not gain], learning_rate), ([gain], gain_lr), (value, critic_lr))]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), eps=1e-5, weight_decay=0.0)
     for old in checkpoint.get('optimizer', []):  # the moments, under this run's settings
         optimizer.load_state_dict({'state': old['state'], 'param_groups': optimizer.state_dict()['param_groups']})

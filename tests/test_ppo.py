@@ -214,6 +214,15 @@ def test_the_gold_reward_is_learned(adv, letters_data, small_sft, tmp_path):
     assert figures['kl'] > figures['kl_minimum'] * 0.9 > 0 and figures['ended'] > 0.95
 
 
+def test_the_gain_of_the_last_norm_alone_makes_the_policy_surer(letters_data, small_sft, tmp_path):
+    ok(call('ppo.py', *flags(FAST, dataset=letters_data, init_from=small_sft.folder, out_dir=tmp_path, reward='gold', max_iters=12,
+                             batch_size=64, minibatch_size=32, learning_rate=1e-12, critic_lr=1e-12, gain_lr=0.1)))
+    before, after = (load_checkpoint(str(folder))['model'] for folder in (small_sft.folder, tmp_path))
+    assert {name for name in before if not torch.allclose(before[name], after[name], atol=1e-6)} == {'ln_f.weight'}
+    log = metrics(tmp_path)
+    assert log[-1]['objective/entropy'] < 0.9 * log[0]['objective/entropy']
+
+
 def test_a_learned_reward_is_taken_and_the_figures_told(letters_data, small_sft, small_reward, tmp_path):
     made = ok(call('ppo.py', *flags(FAST, dataset=letters_data, init_from=small_sft.folder, reward_model=small_reward.folder,
                                     out_dir=tmp_path, whiten_rewards=True, kl_control='adaptive', kl_target=1e-4, kl_horizon=32,
