@@ -12,13 +12,12 @@ The trunk is the SFT model's; causal=False makes it an encoder: all tokens see e
 import copy, math, sys, time
 from dataclasses import asdict
 import torch
-import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from bpe import render_chat
 from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, one_of, parallel,
-                          peak_memory_mb, resume, rng, save_checkpoint, start_run)
-from data.answers import log_prob, pad_left, pair_figures, short_prompts, tamper
+                          peak_memory_mb, resume, rng, save_checkpoint, start_run, sum_over_ranks)
+from data.answers import log_choice, log_prob, pair_figures, score_moments, tamper
 from data.dataset import endless_order, grouped_order, load_examples, load_gold
 from data.pretrained import load_chat_model
 from model import RewardModel
@@ -43,6 +42,7 @@ length_groups = 1                  # the pairs of so many steps are dealt in the
 # model and loss
 causal = False                     # False = an encoder, the mean of the answer is read; True = a decoder, its last token
 loss = 'bt'                        # 'bt' (Bradley-Terry) | 'margin' (ranking) | 'bt_margin' | 'dpo' (trains the policy)
+flip_rate = 0.0                    # share of the labels taken to be turned round by chance: how little one can say is bounded
 margin = 1.0                       # distance that 'margin' asks for; what 'bt_margin' multiplies a pair's margin by
 denoise_weight = 1.0               # of an encoder's other task: to restore chosen answers that were tampered with
 center_weight = 0.0                # weight of (chosen + rejected)^2, which keeps scores around 0 (arXiv 2312.09244)
@@ -85,17 +85,16 @@ def get_batch(pairs):
     idx, mask = (pad_sequence(part, batch_first=True, padding_value=fill) for part, fill in zip(zip(*sides), (-1, 0)))
     return idx, mask, torch.tensor([float(row.get('margin', 0)) for *_, row in pairs])
 
-def pairwise_loss(chosen, rejected, kind='bt', margin=None):
-    """Mean loss of scores (B,) of the preferred and the other answers, with d = chosen - rejected:
-    'bt' -log sigmoid(d), the likelihood of the choice in the model of Bradley and Terry (1952);
-    'margin' max(0, margin - d), ranking, margin 1 if None; 'bt_margin' -log sigmoid(d - margin), where the margin (B,)
-    is each pair's own (Llama 2, arXiv 2307.09288)."""
+def pairwise_loss(chosen, rejected, kind='bt', margin=None, flip_rate=0.0):
+    """Mean loss of scores (B,) of the preferred and the other answers, with d = chosen - rejected: 'bt' -log sigmoid(d), or
+    -log((1 - flip_rate) sigmoid(d) + flip_rate sigmoid(-d)), see log_choice; 'margin' max(0, margin - d), ranking, margin 1
+    if None; 'bt_margin' as 'bt' of d - margin, where the margin (B,) is each pair's own (Llama 2, arXiv 2307.09288)."""
     d = chosen - rejected
     if kind == 'margin':
         return F.relu((1.0 if margin is None else margin) - d).mean()
     if kind not in ('bt', 'bt_margin') or kind == 'bt_margin' and margin is None:
         raise ValueError(f"kind must be 'bt', 'margin', or 'bt_margin' with a margin; got {kind!r}, margin {margin}")
-    return -F.logsigmoid(d - margin if kind == 'bt_margin' else d).mean()
+    return -log_choice(d - margin if kind == 'bt_margin' else d, flip_rate).mean()
 
 def score(trained, reference, idx, mask):
     """Scores (B,) of conversations; with a reference DPO's, dpo_beta times the log-ratio to it (equation 5)."""
@@ -113,7 +112,7 @@ def evaluate(model, reference, pairs, gold, run, batch=128):
         idx, mask, _ = get_batch(pairs[i:i + batch])
         with run.autocast:
             scores[:, i:i + batch] = score(model, reference, idx.to(run.device), mask.to(run.device)).view(2, -1)
-    return pair_figures(*scores, [row for *_, row in pairs], gold)
+    return pair_figures(*scores, [row for *_, row in pairs], gold, flip_rate)
 
 def toss_labels(pairs):
     """The pairs, of which a coin turned half round."""
@@ -168,6 +167,8 @@ if __name__ == "__main__":
     train_pairs, val_pairs = (prepare_pairs(rows, tok, policy.config.block_size)
                               for rows in (train_rows[:max_pairs or None], val_rows))
     train_pairs = toss_labels(train_pairs) if shuffle_labels else train_pairs
+    aside = 0 if loss == 'dpo' else len(train_pairs) // 20
+    kept, train_pairs = train_pairs[:aside], train_pairs[aside:]  # those kept are not learned: they set the scores' scale
     first, sequences = checkpoint.get('step', 0), gradient_accumulation_steps * batch_size  # pairs a step, of all ranks
     max_iters = config['max_iters'] = max_iters or -(-len(train_pairs) // sequences)
     n_tokens = 2 * sum(len(pair[0][0]) for pair in train_pairs) / len(train_pairs) * sequences * (max_iters - first)
@@ -228,9 +229,9 @@ if __name__ == "__main__":
                     scores, restored = score(trained, reference, idx, mask), torch.zeros((), device=run.device)
                 a, b = scores.float().chunk(2)
                 micro_loss = pairwise_loss(a, b, 'bt' if loss == 'dpo' else loss, margin * margins if loss == 'bt_margin'
-                                           else margin) + center_weight * (a + b).square().mean()
-            total = micro_loss + denoise_weight * restored + moe_aux_weight * trunk.aux_loss()
-            run.scaler.scale(total / len(micro_batches)).backward()
+                                           else margin, flip_rate) + center_weight * (a + b).square().mean()
+            total = (micro_loss + denoise_weight * restored + moe_aux_weight * trunk.aux_loss()) / len(micro_batches)
+            run.scaler.scale(total).backward()
             found += torch.stack((micro_loss, restored, (a > b).float().mean())).detach() / len(micro_batches)
 
         # 5. clip and step
@@ -246,25 +247,23 @@ if __name__ == "__main__":
 
         # 6. log
         if step % log_interval == 0:
-            if run.world > 1:
-                dist.all_reduce(found)
-            record = dict(zip(('loss', 'denoise_loss', 'train_accuracy'), found / run.world))
+            record = dict(zip(('loss', 'denoise_loss', 'train_accuracy'), sum_over_ranks(found) / run.world))
             logger.log(step, record | dict(lr=lr, grad_norm=grad_norm, ms=1000 * (time.time() - last_time)))
         last_time = time.time()
 
-    # 7. the end: set the score's mean and variance, save, and tell what was learned
-    stop.leave(run, stopping, step, out_dir)
-    if run.master:
-        seconds, figures = time.time() - began, evaluate(model, reference, val_pairs, gold, run)
-        if loss != 'dpo':
-            prompts = short_prompts(val_rows[:normalize_prompts], tok, policy.config.block_size, max_new_tokens)
-            idx = pad_left(prompts, run.device)
-            with torch.no_grad(), run.autocast:
-                out = policy.to(run.device).generate(idx, max_new_tokens, stop=[tok.special['<|end|>']],
-                                                     generator=rng(seed, step, device=run.device))
-                std, mean = torch.std_mean(model(out, torch.arange(out.size(1), device=run.device) >= idx.size(1)).float())
-            model.shift.add_(mean), model.scale.div_(std if std > 0 else 1)
-        save_checkpoint(out_dir, snapshot(step))
-        print(*(f'    {name:24} {value:8.4f}' for name, value in figures.items()), sep='\n')
-        logger.final({**figures, 'seconds': seconds, 'peak_memory_mb': peak_memory_mb(run.type), 'steps': step,
-                      'parameters': trunk.n_params()})
+    # 7. the end: set the scale that the labels are likeliest with, then the score's mean and variance; tell what was learned
+    stop.leave(run, stopping, step, out_dir)  # the other ranks end here
+    seconds = time.time() - began
+    if kept:  # the last steps, which are short, make the scores better than they make them sure (arXiv 1706.04599)
+        factor = evaluate(model, reference, kept, gold, run)['best_scale']
+        model.head.proj.weight.data.mul_(factor), model.head.proj.bias.data.mul_(factor)
+    figures = evaluate(model, reference, val_pairs, gold, run)
+    if loss != 'dpo':
+        with run.autocast:
+            std, mean = score_moments(model, policy.to(run.device), tok, val_rows[:normalize_prompts], max_new_tokens,
+                                      rng(seed, step, device=run.device))
+        model.shift.add_(mean), model.scale.div_(std if std > 0 else 1)
+    save_checkpoint(out_dir, snapshot(step))
+    print(*(f'    {name:24} {value:8.4f}' for name, value in figures.items()), sep='\n')
+    logger.final({**figures, 'seconds': seconds, 'peak_memory_mb': peak_memory_mb(run.type), 'steps': step,
+                  'parameters': trunk.n_params()})

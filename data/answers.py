@@ -54,6 +54,13 @@ def best_of(judge, tok, conversations, texts):
             best.append(said[judge(idx, mask).argmax()])
     return best
 
+@torch.no_grad()
+def score_moments(judge, model, tok, rows, max_new_tokens, generator):
+    """(standard deviation, mean) of a reward model's scores of a language model's sampled answers to the prompts of rows."""
+    idx = pad_left(short_prompts(rows, tok, model.config.block_size, max_new_tokens), model.wte.weight.device)
+    out = model.generate(idx, max_new_tokens, stop=[tok.special['<|end|>']], generator=generator)
+    return torch.std_mean(judge(out, torch.arange(out.size(1), device=out.device) >= idx.size(1)).float())
+
 def log_prob(model, idx, mask):
     """Log-probability, in nats, that a language model gives to the tokens of idx (B, T) where mask is 1, a row's sum
     (B,). Padding is -1, on the right, where no real token sees it."""
@@ -97,19 +104,34 @@ def auc(right, wrong):
     ranks = (counts.cumsum(0) - (counts - 1) / 2)[inverse]            # 1 = the lowest; equal ones share their mean
     return ((ranks[:len(right)].sum() - len(right) * (len(right) + 1) / 2) / (len(right) * len(wrong))).item()
 
-def calibration_error(d, labels, bins=10):
-    """How far sigmoid(d), the probability of a choice, is from the share of such choices that were made (labels, 0
-    or 1): the mean distance over bins of equally many pairs (those of arXiv 1706.04599 are equally wide)."""
-    p, order = torch.sigmoid(d), d.argsort()
+def log_choice(d, flip_rate=0.0):
+    """Log-probability, in nats, that an answer is preferred whose score is d higher (any shape; the same), in the model of
+    Bradley and Terry (1952): log sigmoid(d); or, where a share flip_rate of the choices is turned round by chance, whatever
+    the scores, log((1 - flip_rate) sigmoid(d) + flip_rate sigmoid(-d)) (arXiv 1609.03683). ValueError for half or more."""
+    if not 0 <= flip_rate < 0.5:
+        raise ValueError(f'flip_rate must be at least 0 and below 0.5; got {flip_rate}')
+    flipped = torch.tensor(float(flip_rate))
+    return torch.logaddexp(F.logsigmoid(d) + (1 - flipped).log(), F.logsigmoid(-d) + flipped.log())
+
+def fit_scale(d, flip_rate=0.0):
+    """The factor, from 1/8 to 8, under which differences d (N,) of chosen and rejected scores make the choices likeliest
+    (temperature scaling, arXiv 1706.04599); 1 if there are none."""
+    factors = torch.logspace(-3, 3, 193, base=2.0, device=d.device)
+    return factors[log_choice(factors[:, None] * d, flip_rate).mean(1).argmax()] if len(d) else factors[96]
+
+def calibration_error(d, labels, flip_rate=0.0, bins=10):
+    """How far the probability of a choice that log_choice gives is from the share of such choices that were made (labels,
+    0 or 1): the mean distance over bins of equally many pairs (those of arXiv 1706.04599 are equally wide)."""
+    p, order = log_choice(d, flip_rate).exp(), d.argsort()
     parts = zip(p[order].chunk(bins), labels[order].float().chunk(bins))
     return (sum(len(a) * (a.mean() - b.mean()).abs() for a, b in parts) / len(d)).item()
 
-def pair_figures(chosen, rejected, rows, gold=None):
+def pair_figures(chosen, rejected, rows, gold=None, flip_rate=0.0):
     """What scores (N,) of the two answers of N pairs, whose records are rows, are worth. "accuracy" is against the
     labels, of which at most "noise_ceiling" are right; the others against the labels before some were flipped, where
     the data says which ("clean"). "auc" is of right answers against wrong ones, and "one_right" of pairs with a right
     answer, where there is a function gold to tell them; else of chosen against rejected. "length_only" is a judge
-    who knows nothing but which answer is longer."""
+    who knows nothing but which answer is longer; "best_scale" the factor that would make the scores as sure as they may be."""
     accuracy = lambda d: ((d > 0).float().mean() + (d == 0).float().mean() / 2).item()
     flipped = torch.tensor([not row.get('clean', True) for row in rows])
     longer = torch.tensor([float(len(row['chosen']) - len(row['rejected'])) for row in rows])
@@ -119,8 +141,9 @@ def pair_figures(chosen, rejected, rows, gold=None):
     truth, scores = torch.where(flipped, -d, d), torch.stack((chosen, rejected))
     figures = {'accuracy': accuracy(d), 'accuracy_clean': accuracy(truth), 'noise_ceiling': 1 - flipped.float().mean().item(),
                'accuracy_one_right': accuracy(truth[exact.any(0)]), 'auc': auc(scores[exact], scores[~exact]),
-               'calibration_error': calibration_error(torch.where(first, d, -d), first), 'score_std': scores.std().item(),
+               'calibration_error': calibration_error(torch.where(first, d, -d), first, flip_rate), 'score_std': scores.std().item(),
                'accuracy_length_only': max(accuracy(sign * torch.where(flipped, -longer, longer)) for sign in (1, -1))}
+    figures['best_scale'] = fit_scale(d, flip_rate).item()
     for op in sorted({row['op'] for row in rows if 'op' in row}):
         figures[f'margin/{op}'] = truth[[row['op'] == op for row in rows]].mean().item()
     return figures

@@ -12,7 +12,7 @@ import reward
 from bpe import Tokenizer
 from configurator import load_checkpoint, read_log, rng, save_checkpoint
 from conftest import CPU, call, finish, flags, letters, ok, one_line, start
-from data.answers import auc, calibration_error, pad_left, pair_figures, tamper
+from data.answers import auc, calibration_error, fit_scale, log_choice, pad_left, pair_figures, tamper
 from data.dataset import load_gold, read_jsonl
 from data.pretrained import load_model, load_reward_model
 from model import GPT, GPTConfig, RewardModel
@@ -51,6 +51,31 @@ def test_losses_are_the_formulas_written_out():
     assert reward.pairwise_loss(a, b, 'margin', 0.25).item() == mean([max(0, 0.25 - x) for x in d])
     assert reward.pairwise_loss(a, b, 'bt_margin', m).item() == mean([
         -math.log(sigmoid(x - y)) for x, y in zip(d, (0.1, 0.2, 0.3))])
+    for kind, shifts in (('bt', (0, 0, 0)), ('bt_margin', (0.1, 0.2, 0.3))):  # a choice is as meant, or it is turned round
+        assert reward.pairwise_loss(a, b, kind, m, flip_rate=0.1).item() == mean([
+            -math.log(0.9 * sigmoid(x - y) + 0.1 * sigmoid(y - x)) for x, y in zip(d, shifts)])
+
+
+@pytest.mark.parametrize('flip_rate', [0.0, 0.2])
+def test_a_pair_that_is_far_apart_has_a_finite_loss_and_no_pull_where_it_may_have_been_flipped(flip_rate):
+    d = torch.tensor([300.0, -300.0], requires_grad=True)
+    loss = -log_choice(d, flip_rate)
+    loss.sum().backward()
+    assert loss.tolist() == pytest.approx([-math.log(1 - flip_rate), -math.log(flip_rate) if flip_rate else 300.0])
+    assert d.grad.tolist() == pytest.approx([0, 0 if flip_rate else -1], abs=1e-6)
+    with pytest.raises(ValueError, match='below 0.5; got 0.5'):
+        log_choice(d, 0.5)
+
+
+def test_the_scale_that_fits_is_the_one_that_scores_were_spoiled_by():
+    generator = torch.Generator().manual_seed(0)
+    d = torch.randn(40_000, generator=generator) * 3
+    for flip_rate in (0.0, 0.1):
+        choices = torch.rand(len(d), generator=generator) < log_choice(d, flip_rate).exp()
+        d = torch.where(choices, d, -d)  # of chosen and rejected
+        for factor in (0.5, 1.0, 3.0):
+            assert fit_scale(d / factor, flip_rate) == pytest.approx(factor, rel=0.06)
+    assert fit_scale(d[:0]) == 1 and fit_scale(torch.ones(3)) == 8 and fit_scale(-torch.ones(3)) == 0.125
 
 
 def test_bradley_terry_is_ln_2_for_equal_scores_with_the_gradient_of_its_closed_form():
@@ -183,6 +208,8 @@ def test_calibration_error_is_small_where_probabilities_are_true_and_large_where
     d = torch.randn(20_000, generator=generator) * 2
     labels = torch.rand(20_000, generator=generator) < torch.sigmoid(d)
     assert calibration_error(d, labels) < 0.015 and calibration_error(4 * d, labels) > 0.1
+    flipped = labels ^ (torch.rand(20_000, generator=generator) < 0.1)
+    assert calibration_error(d, flipped, flip_rate=0.1) < 0.015 and calibration_error(d, flipped) > 0.03
     # written out for two bins: probabilities .2 .3 | .6 .9, outcomes 0 1 | 1 1
     p = torch.tensor([.2, .3, .6, .9])
     assert calibration_error(p.logit(), torch.tensor([0, 1, 1, 1]), bins=2) == pytest.approx((.25 + .25) / 2)
@@ -209,6 +236,16 @@ def test_it_learns_to_tell_right_from_wrong(small_reward):
     assert figures['accuracy_clean'] > 0.95 and figures['auc'] > 0.9 and figures['noise_ceiling'] == 1
     assert figures['accuracy_length_only'] == 0.5 and 'margin/Raise' in figures
     assert read_log(str(small_reward.folder))[1]['loss'] == pytest.approx(math.log(2), abs=0.2)
+
+
+def test_a_twentieth_of_the_pairs_is_kept_to_set_how_sure_the_scores_are(letters_data, small_reward):
+    checkpoint = load_checkpoint(str(small_reward.folder))
+    rows = read_jsonl(letters_data / 'pref_train.jsonl', 'preference')
+    assert f'{len(rows) - len(rows) // 20:,} + ' in small_reward.stdout
+    model = load_reward_model(str(small_reward.folder), tok)
+    sides = reward.get_batch(reward.prepare_pairs(rows[:len(rows) // 20], tok, checkpoint['model_args']['block_size']))
+    a, b = (model(*sides[:2]) / model.scale).chunk(2)
+    assert fit_scale((a - b).detach()) == pytest.approx(1, rel=0.05) or fit_scale((a - b).detach() / 8) == 8  # all right: the most
 
 
 def test_scores_have_mean_0_and_variance_1_on_answers_of_the_policy(small_sft, small_reward, letters_data):
