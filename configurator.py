@@ -212,7 +212,7 @@ class StopSignal:
         return sum_over_ranks(torch.tensor(float(self.requested), device=run.device)).item() > 0
 
     def leave(self, run, stopping, step, out_dir):
-        """The end of the ranks' work together: the first goes on alone. Where a signal ended it, it says how to go on, and ends."""
+        """The end of the ranks' work together: the first goes on alone, or where a signal ended it says how to go on and ends."""
         if run.world > 1:
             torch.distributed.barrier()  # none leaves while another still works
             torch.distributed.destroy_process_group()
@@ -220,7 +220,8 @@ class StopSignal:
                 sys.stdout.flush(), sys.stderr.flush()
                 os._exit(self.exit_code if stopping else 0)
         if stopping:
-            print(f'stopped at step {step}; go on with: python {os.path.basename(sys.argv[0])} --init_from=resume --out_dir={out_dir}')
+            script = os.path.basename(sys.argv[0])
+            print(f'stopped at step {step}; go on with: python {script} --init_from=resume --out_dir={out_dir}')
             sys.exit(self.exit_code)
 
 def peak_memory_mb(kind='cpu'):

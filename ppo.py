@@ -9,7 +9,8 @@ going far from where it started (arXiv 1707.06347, 1909.08593, 2203.02155).
 
 An iteration is: prompts -> answers -> scores -> advantages -> a few epochs of clipped updates. It departs from the papers
 in this: log-probabilities of the answers are computed anew with the training forward pass, since those of the cache
-differ in the last bits; and GRPO's KL penalty is part of the reward, as in the other two, not of the loss.
+differ in the last bits; GRPO's KL penalty is part of the reward, as in the other two, not of the loss; and the gain of the
+last norm, which says how sure the policy is of everything, learns at a rate of its own.
 """
 import copy, math, time
 from dataclasses import asdict

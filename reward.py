@@ -42,7 +42,7 @@ length_groups = 1                  # the pairs of so many steps are dealt in the
 # model and loss
 causal = False                     # False = an encoder, the mean of the answer is read; True = a decoder, its last token
 loss = 'bt'                        # 'bt' (Bradley-Terry) | 'margin' (ranking) | 'bt_margin' | 'dpo' (trains the policy)
-flip_rate = 0.0                    # share of the labels taken to be turned round by chance: how little one can say is bounded
+flip_rate = 0.0                    # share of labels taken to be flipped by chance, which bounds a pair's loss (not of 'margin')
 margin = 1.0                       # distance that 'margin' asks for; what 'bt_margin' multiplies a pair's margin by
 denoise_weight = 1.0               # of an encoder's other task: to restore chosen answers that were tampered with
 center_weight = 0.0                # weight of (chosen + rejected)^2, which keeps scores around 0 (arXiv 2312.09244)
@@ -140,7 +140,8 @@ def sanity_checks(train, val, gold, make, trained, run):
                 f'tossed labels teach nothing: accuracy {tossed:.3f}': abs(tossed - 0.5) < 0.05,
                 f'the trained model beats a judge of length alone: accuracy {own:.3f}, {blind:.3f}': own > blind + 0.1,
                 f"its scores spread: standard deviation {trained['score_std']:.3f}": trained['score_std'] > 0.1,
-                f"its probabilities are meant: off by {trained['calibration_error']:.3f}": trained['calibration_error'] < 0.1}
+                f"scaled, its probabilities are meant: off by {trained['calibration_error']:.3f}":
+                    trained['calibration_error'] < 0.1}
     print(*(f"{'ok    ' if good else 'FAILED'} {text}" for text, good in verdicts.items()), sep='\n')
     return 0 if all(verdicts.values()) else 1
 
@@ -153,6 +154,8 @@ if __name__ == "__main__":
     globals().update(config)
     at_least_one(config, 'eval_interval', 'log_interval', 'batch_size', 'gradient_accumulation_steps', 'normalize_prompts',
                  'length_groups')
+    if not 0 <= flip_rate < 0.5:
+        raise ValueError(f'flip_rate must be at least 0 and below 0.5; got {flip_rate}')
     one_of(config, loss=('bt', 'margin', 'bt_margin', 'dpo'), causal=(True,) if loss == 'dpo' else (True, False))
     train_rows, val_rows = (load_examples(dataset, f'pref_{split}', 'preference') for split in ('train', 'val'))
     if loss == 'bt_margin' and not any('margin' in row for row in train_rows):
@@ -167,8 +170,6 @@ if __name__ == "__main__":
     train_pairs, val_pairs = (prepare_pairs(rows, tok, policy.config.block_size)
                               for rows in (train_rows[:max_pairs or None], val_rows))
     train_pairs = toss_labels(train_pairs) if shuffle_labels else train_pairs
-    aside = 0 if loss == 'dpo' else len(train_pairs) // 20
-    kept, train_pairs = train_pairs[:aside], train_pairs[aside:]  # those kept are not learned: they set the scores' scale
     first, sequences = checkpoint.get('step', 0), gradient_accumulation_steps * batch_size  # pairs a step, of all ranks
     max_iters = config['max_iters'] = max_iters or -(-len(train_pairs) // sequences)
     n_tokens = 2 * sum(len(pair[0][0]) for pair in train_pairs) / len(train_pairs) * sequences * (max_iters - first)
@@ -203,7 +204,7 @@ if __name__ == "__main__":
         # 3. save, evaluate
         stopping = stop.by_any_rank(run)
         done = stopping or step >= max_iters
-        if stopping or step > first and step % eval_interval == 0 and not done:
+        if stopping or step > first and (done or step % eval_interval == 0):
             saved = step
             if run.master:
                 save_checkpoint(out_dir, snapshot(step), final=done)
@@ -251,13 +252,9 @@ if __name__ == "__main__":
             logger.log(step, record | dict(lr=lr, grad_norm=grad_norm, ms=1000 * (time.time() - last_time)))
         last_time = time.time()
 
-    # 7. the end: set the scale that the labels are likeliest with, then the score's mean and variance; tell what was learned
+    # 7. the end: set the score's mean and variance, save, and tell what was learned
     stop.leave(run, stopping, step, out_dir)  # the other ranks end here
-    seconds = time.time() - began
-    if kept:  # the last steps, which are short, make the scores better than they make them sure (arXiv 1706.04599)
-        factor = evaluate(model, reference, kept, gold, run)['best_scale']
-        model.head.proj.weight.data.mul_(factor), model.head.proj.bias.data.mul_(factor)
-    figures = evaluate(model, reference, val_pairs, gold, run)
+    seconds, figures = time.time() - began, evaluate(model, reference, val_pairs, gold, run)
     if loss != 'dpo':
         with run.autocast:
             std, mean = score_moments(model, policy.to(run.device), tok, val_rows[:normalize_prompts], max_new_tokens,

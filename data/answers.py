@@ -107,17 +107,15 @@ def auc(right, wrong):
 def log_choice(d, flip_rate=0.0):
     """Log-probability, in nats, that an answer is preferred whose score is d higher (any shape; the same), in the model of
     Bradley and Terry (1952): log sigmoid(d); or, where a share flip_rate of the choices is turned round by chance, whatever
-    the scores, log((1 - flip_rate) sigmoid(d) + flip_rate sigmoid(-d)) (arXiv 1609.03683). ValueError for half or more."""
-    if not 0 <= flip_rate < 0.5:
-        raise ValueError(f'flip_rate must be at least 0 and below 0.5; got {flip_rate}')
+    the scores, log((1 - flip_rate) sigmoid(d) + flip_rate sigmoid(-d)) (arXiv 1609.03683)."""
     flipped = torch.tensor(float(flip_rate))
     return torch.logaddexp(F.logsigmoid(d) + (1 - flipped).log(), F.logsigmoid(-d) + flipped.log())
 
 def fit_scale(d, flip_rate=0.0):
     """The factor, from 1/8 to 8, under which differences d (N,) of chosen and rejected scores make the choices likeliest
-    (temperature scaling, arXiv 1706.04599); 1 if there are none."""
-    factors = torch.logspace(-3, 3, 193, base=2.0, device=d.device)
-    return factors[log_choice(factors[:, None] * d, flip_rate).mean(1).argmax()] if len(d) else factors[96]
+    (temperature scaling, arXiv 1706.04599)."""
+    factors = torch.logspace(-3, 3, 193, base=2.0)
+    return factors[log_choice(factors[:, None] * d, flip_rate).mean(1).argmax()].item()
 
 def calibration_error(d, labels, flip_rate=0.0, bins=10):
     """How far the probability of a choice that log_choice gives is from the share of such choices that were made (labels,
@@ -131,19 +129,21 @@ def pair_figures(chosen, rejected, rows, gold=None, flip_rate=0.0):
     labels, of which at most "noise_ceiling" are right; the others against the labels before some were flipped, where
     the data says which ("clean"). "auc" is of right answers against wrong ones, and "one_right" of pairs with a right
     answer, where there is a function gold to tell them; else of chosen against rejected. "length_only" is a judge
-    who knows nothing but which answer is longer; "best_scale" the factor that would make the scores as sure as they may be."""
+    who knows nothing but which answer is longer. "best_scale" is the factor that makes scores as sure as they should be, above
+    1 for timid ones; "calibration_error" is of scores so scaled, each half of the pairs by the factor that fits the other."""
     accuracy = lambda d: ((d > 0).float().mean() + (d == 0).float().mean() / 2).item()
     flipped = torch.tensor([not row.get('clean', True) for row in rows])
     longer = torch.tensor([float(len(row['chosen']) - len(row['rejected'])) for row in rows])
     exact = torch.tensor([[gold(row['prompt'], row[key])[0] if gold else float(key == 'chosen') for row in rows]
                           for key in ('chosen', 'rejected')]) > 0
     d, first = chosen - rejected, torch.arange(len(rows)) % 2 == 0    # every other pair is asked the other way round
+    scaled = torch.cat([part * fit_scale(other, flip_rate) for part, other in zip(d.tensor_split(2), d.tensor_split(2)[::-1])])
     truth, scores = torch.where(flipped, -d, d), torch.stack((chosen, rejected))
     figures = {'accuracy': accuracy(d), 'accuracy_clean': accuracy(truth), 'noise_ceiling': 1 - flipped.float().mean().item(),
                'accuracy_one_right': accuracy(truth[exact.any(0)]), 'auc': auc(scores[exact], scores[~exact]),
-               'calibration_error': calibration_error(torch.where(first, d, -d), first, flip_rate), 'score_std': scores.std().item(),
+               'calibration_error': calibration_error(torch.where(first, scaled, -scaled), first, flip_rate),
+               'score_std': scores.std().item(), 'best_scale': fit_scale(d, flip_rate),
                'accuracy_length_only': max(accuracy(sign * torch.where(flipped, -longer, longer)) for sign in (1, -1))}
-    figures['best_scale'] = fit_scale(d, flip_rate).item()
     for op in sorted({row['op'] for row in rows if 'op' in row}):
         figures[f'margin/{op}'] = truth[[row['op'] == op for row in rows]].mean().item()
     return figures

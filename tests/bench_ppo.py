@@ -49,8 +49,8 @@ def ours(folder, policy='endless', **settings):
     settings = dict(
         dataset=folder, init_from=os.path.join(folder, policy), reward_model=os.path.join(folder, 'reward'),
         out_dir=os.path.join(folder, 'out'), batch_size=BATCH, minibatch_size=MINIBATCH, ppo_epochs=EPOCHS,
-        max_new_tokens=N_NEW, max_iters=ITERATIONS, learning_rate=RATE, critic_lr=RATE, kl_stop=0, eval_interval=1000,
-        eval_prompts=1, test_prompts=1, test_draws=1, device='cpu', dtype='float32', compile=False) | settings
+        max_new_tokens=N_NEW, max_iters=ITERATIONS, learning_rate=RATE, critic_lr=RATE, gain_lr=RATE, kl_stop=0,
+        eval_interval=1000, eval_prompts=1, test_prompts=1, test_draws=1, device='cpu', dtype='float32', compile=False) | settings
     run(sys.executable, os.path.join(ROOT, 'ppo.py'), *(f'--{key}={value}' for key, value in settings.items()))
     with open(os.path.join(folder, 'out', 'log.jsonl'), encoding='utf-8') as f:
         records = [r for r in map(json.loads, f) if r.get('step', 0) > 0 and 'rollout_share' in r]

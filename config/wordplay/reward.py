@@ -1,4 +1,4 @@
-# The chain on wordplay, 3 of 4: an encoder learns from 60,000 pairs, of whose labels 10% are flipped, to tell right
+# The chain on wordplay, 3 of 4: an encoder learns from 57,000 pairs, of whose labels 10% are flipped, to tell right
 # answers from wrong ones.
 # python reward.py config/wordplay/reward.py
 #
@@ -13,4 +13,5 @@ length_groups = 4     # saves a fifth of a step
 compile = True        # another fifth, where there is a C++ compiler
 eval_interval = 1250
 muon_lr = 0.005
+flip_rate = 0.1       # the share of labels that is turned round
 center_weight = 0.01  # the scores of different prompts stay comparable

@@ -22,7 +22,7 @@ from configurator import configure
 input = ''          # the text whose words are taken; '' = the plays, made first if they are not there
 out = ''            # folder to write to; '' = beside this file
 n_sft = 205_000     # demonstrations
-n_pref = 60_000     # preference pairs
+n_pref = 57_000     # preference pairs
 n_prompt = 20_000   # prompts for reinforcement learning
 n_val = 2_000       # held-out prompts, and held-out pairs, to look at while tuning
 n_test = 1_000      # held-out prompts for the final figures, and as many on longer words
