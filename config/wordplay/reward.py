@@ -2,8 +2,8 @@
 # answers from wrong ones.
 # python reward.py config/wordplay/reward.py
 #
-# Result, three seeds: accuracy on clean labels 0.956, 0.943 and 0.944, and 0.995, 0.992 and 0.983 where one of the two answers is
-# right, AUC 0.980, 0.975 and 0.970, calibration error 0.062, 0.060 and 0.072; 10.6 minutes on the 2-core CPU with AVX2.
+# Result, three seeds: accuracy on clean labels 0.950, 0.945 and 0.945, and 0.991, 0.994 and 0.987 where one of the two answers is
+# right, AUC 0.988, 0.985 and 0.982, calibration error 0.037, 0.033 and 0.045; 15 minutes on one core of the 2-core CPU with AVX2.
 
 out_dir = 'out/reward'
 init_from = 'out/sft'
