@@ -5,9 +5,9 @@
 #   --metrics=objective/kl_exact,objective/score,objective/gold,objective/kl_coef
 #
 # Needs out/sft and out/reward, of config/wordplay/sft.py and reward.py.
-# Result: right by sampling 0.64 before, then 0.824 at 0.237 nats an answer with the fixed weight, 0.823 at 0.245 with the steered
-# one (which fell from 0.10 to 0.07, for 0.4 nats were never reached), 0.811 at 0.295 with none: more distance bought less. With
-# so good a judge 40 iterations without a penalty do no harm yet; config/wordplay/hacking.py has a bad one. 3 minutes each.
+# Result: right by sampling 0.642 before, then 0.927 at 0.318 nats an answer with the fixed weight, 0.930 at 0.321 with the steered
+# one (which fell from 0.10 to 0.07, for 0.4 nats were never reached), 0.931 at 0.322 with none: no difference. With so good a
+# judge 40 iterations need no penalty; config/wordplay/hacking.py has a bad one. 3 to 4 minutes each on one core.
 
 max_iters = 40
 eval_interval = 20
