@@ -137,7 +137,8 @@ def pair_figures(chosen, rejected, rows, gold=None, flip_rate=0.0):
     exact = torch.tensor([[gold(row['prompt'], row[key])[0] if gold else float(key == 'chosen') for row in rows]
                           for key in ('chosen', 'rejected')]) > 0
     d, first = chosen - rejected, torch.arange(len(rows)) % 2 == 0    # every other pair is asked the other way round
-    scaled = torch.cat([part * fit_scale(other, flip_rate) for part, other in zip(d.tensor_split(2), d.tensor_split(2)[::-1])])
+    a, b = d.tensor_split(2)
+    scaled = torch.cat((a * fit_scale(b, flip_rate), b * fit_scale(a, flip_rate)))
     truth, scores = torch.where(flipped, -d, d), torch.stack((chosen, rejected))
     figures = {'accuracy': accuracy(d), 'accuracy_clean': accuracy(truth), 'noise_ceiling': 1 - flipped.float().mean().item(),
                'accuracy_one_right': accuracy(truth[exact.any(0)]), 'auc': auc(scores[exact], scores[~exact]),
