@@ -17,13 +17,13 @@ def answer(model, tok, prompts, max_new_tokens, batch_size=250, **how):
     """The model's answers to prompts, lists of ids as render_chat makes them: [(text, whether it ended by itself)].
     `how`: temperature, top_k, top_p, generator, as GPT.generate takes them. A prompt that leaves no room for
     max_new_tokens in the context is cut on the left, to no less than half of the context."""
-    end, answers, size = tok.special['<|end|>'], [], model.config.block_size
+    end, answers, size = tok.special['<|end|>'], [''] * len(prompts), model.config.block_size
     most = max(size - max_new_tokens, (size + 1) // 2)
-    for i in range(0, len(prompts), batch_size):
-        idx = pad_left([ids[-most:] for ids in prompts[i:i + batch_size]], model.wte.weight.device)
-        for ids in model.generate(idx, max_new_tokens, stop=[end], **how)[:, idx.size(1):].tolist():
-            said = [token for token in ids if token not in (-1, end)]
-            answers.append((tok.decode(said), end in ids))
+    for rows in torch.tensor([len(ids) for ids in prompts]).argsort(stable=True).split(batch_size):  # of like length
+        idx = pad_left([prompts[i][-most:] for i in rows], model.wte.weight.device)
+        out = model.generate(idx, max_new_tokens, stop=[end], **how)[:, idx.size(1):].tolist()
+        for i, ids in zip(rows, out):
+            answers[i] = tok.decode([token for token in ids if token not in (-1, end)]), end in ids
     return answers
 
 def prompt_ids(prompt, tok):

@@ -142,7 +142,7 @@ def test_rouge_l_is_of_the_longest_common_subsequence_and_f1_of_the_common_words
 
 def test_answers_are_those_of_each_prompt_alone():
     model, prompts = tiny(), [[user, *b'ab', end, assistant], [user, end, assistant], [user, *b'much longer', end, assistant]]
-    together = answer(model, tok, prompts, 6, temperature=0)
+    together = answer(model, tok, prompts, 6, batch_size=2, temperature=0)  # in batches of like length, told in their order
     for prompt, got in zip(prompts, together):
         ids = model.generate(torch.tensor([prompt]), 6, temperature=0, stop=[end])[0, len(prompt):].tolist()
         assert got == (tok.decode([t for t in ids if t != end]), end in ids)
