@@ -116,7 +116,7 @@ def one_line_errors(kind, error, trace):
     text = ' '.join(str(error).split())
     if issubclass(kind, ModuleNotFoundError):
         text += f': pip install {error.name}'
-    if issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or 'not enough memory' in text:
+    if issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or 'not enough memory' in text or "can't allocate memory" in text:
         text = 'out of memory: lower batch_size (and raise gradient_accumulation_steps), block_size or n_layer'
     elif not issubclass(kind, (ValueError, OSError, ImportError, KeyboardInterrupt)):
         return sys.__excepthook__(kind, error, trace)
@@ -147,7 +147,9 @@ def start_run(config, flops=math.inf):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32
     if world > 1:
+        hook = sys.excepthook
         torch.distributed.init_process_group(config.get('backend') if kind == 'cuda' else 'gloo')
+        sys.excepthook = hook  # it puts its own before ours, and then says nothing where ours exits
     # bfloat16 where the hardware multiplies in it; elsewhere it is emulated, and up to a hundred times slower
     fast = (kind == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)) or (
         kind == 'cpu' and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()))

@@ -6,7 +6,7 @@ arXiv 2203.02155, section 3.5).
     python sft.py --dataset=alpaca --init_from=FOLDER      any instructions, any model
     python sft.py --curriculum=short_to_long               from short examples to long ones
     python sft.py --init_from=resume                       go on after a stop
-    torchrun --standalone --nproc_per_node=8 sft.py
+    torchrun --standalone --nproc_per_node=8 sft.py --gradient_accumulation_steps=8
 
 The loss counts the response and its end, never the prompt: the model learns to answer, not to ask. At the end it
 answers held-out prompts, greedily and by sampling, and is compared with the gold responses.
@@ -113,12 +113,12 @@ def batch_indices(by_length, step, config):
     return [by_length[i] for i in grouped_order(n, step - began, count, 1, config['seed'], stage)]  # micro-batches are alike
 
 @torch.no_grad()
-def response_loss(model, examples, run, batch=64):
+def response_loss(model, examples, run):
     """Nats a token of the gold responses, over all examples."""
     total = count = 0
     examples = sorted(examples, key=lambda e: len(e[0]))
-    for i in range(0, len(examples), batch):
-        x, y, mask = (t.to(run.device) for t in get_batch(examples[i:i + batch]))
+    for i in range(0, len(examples), batch_size):
+        x, y, mask = (t.to(run.device) for t in get_batch(examples[i:i + batch_size]))
         with run.autocast:
             logits, _ = model(x)
         total, count = total + masked_loss(logits, y, mask, 1).item(), count + mask.sum().item()
@@ -152,6 +152,7 @@ if __name__ == "__main__":
                  'curriculum_stages', 'test_draws', 'test_prompts', 'eval_prompts', 'max_new_tokens')
     one_of(config, curriculum=('none', 'short_to_long'))
     train_rows, val_rows = (load_examples(dataset, f'sft_{split}', 'sft') for split in ('train', 'val'))
+    test_rows = load_examples(dataset, test_split, 'sft', val_rows)[:test_prompts]
     model, tok = load_chat_model(checkpoint or init_from, config)
     train_examples, val_examples = (prepare_examples(rows, tok, model.config.block_size) for rows in (train_rows, val_rows))
     by_length = sorted(range(len(train_examples)), key=lambda i: len(train_examples[i][0]))
@@ -237,8 +238,8 @@ if __name__ == "__main__":
 
     # 7. the end
     stop.leave(run, stopping, step, out_dir)  # the other ranks end here
-    seconds, rows = time.time() - began, load_examples(dataset, test_split, 'sft', val_rows)[:test_prompts]
-    figures, _ = evaluate(model.eval(), tok, rows, run, test_draws, rng(seed, max_iters, device=run.device))
+    seconds = time.time() - began
+    figures, _ = evaluate(model.eval(), tok, test_rows, run, test_draws, rng(seed, max_iters, device=run.device))
     figures['response_loss'] = response_loss(model, val_examples, run)
     print(*(f'    {name:24} {value:8.4f}' for name, value in figures.items()), sep='\n')
     logger.final({**figures, 'seconds': seconds, 'peak_memory_mb': peak_memory_mb(run.type), 'steps': step,

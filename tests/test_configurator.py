@@ -178,6 +178,7 @@ def test_a_mistake_is_one_line_and_exit_status_2_and_debug_shows_where_it_was_ra
     (KeyboardInterrupt(), 130, 'error: KeyboardInterrupt\n'),
     (torch.OutOfMemoryError('CUDA'), 2, 'error: out of memory: lower batch_size'),
     (RuntimeError('DefaultCPUAllocator: not enough memory: you tried'), 2, 'error: out of memory: lower batch_size'),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, 'error: out of memory: lower batch_size'),
     (MemoryError(), 2, 'error: out of memory: lower batch_size')])
 def test_what_a_user_can_mend_is_said_in_one_line(capsys, error, status, said):
     with pytest.raises(SystemExit) as stop:

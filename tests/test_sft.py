@@ -182,6 +182,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(letters_data, small_base, tmp_path):
     assert torch.equal(weights(tmp_path / 'whole'), weights(tmp_path / 'half'))
 
 
+def test_a_mistake_is_told_by_several_ranks_too(letters_data, small_base, tmp_path):
+    made = finish(start('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'sft.py', *flags(
+        CPU, dataset=letters_data, init_from=small_base, out_dir=tmp_path, gradient_accumulation_steps=3)))
+    assert 'error: gradient_accumulation_steps 3 cannot be shared by 2 ranks' in made.stderr and made.returncode
+
+
 def test_accumulation_and_ranks_change_nothing_but_the_order_of_sums(letters_data, small_base, tmp_path):
     how = flags(FAST, dataset=letters_data, init_from=small_base, optimizer='adamw', max_iters=3, warmup_iters=1, gradient_accumulation_steps=4,
                 batch_size=2)
