@@ -19,7 +19,7 @@ import torch.nn as nn
 from bpe import printable
 from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, one_of, parallel,
                           peak_memory_mb, resume, rng, save_checkpoint, seed_for, start_run, sum_over_ranks)
-from data.answers import answer, best_of, length_chunks, pad_left, prompt_ids, short_prompts
+from data.answers import answer, best_of, exact_match, length_chunks, pad_left, prompt_ids, short_prompts
 from data.dataset import endless_order, load_examples, load_gold
 from data.pretrained import load_chat_model, load_reward_model
 from model import ScalarHead
@@ -197,10 +197,8 @@ def evaluate(gpt, tok, rows, draws, run, generator):
     with run.autocast:
         greedy = [text for text, _ in answer(gpt, tok, prompts, max_new_tokens, temperature=0)]
         sampled = answer(gpt, tok, prompts * draws, max_new_tokens, temperature=temperature, generator=generator)
-    share = lambda values: sum(values) / len(values)
-    return {'exact_match': share([a == b for a, b in zip(greedy, right)]),
-            'exact_match_sampled': share([a == b for (a, _), b in zip(sampled, right * draws)]),
-            'ended': share([ended for _, ended in sampled])}, sampled, greedy
+    return {'exact_match': exact_match(greedy, right), 'exact_match_sampled': exact_match([a for a, _ in sampled], right * draws),
+            'ended': sum(ended for _, ended in sampled) / len(sampled)}, sampled, greedy
 
 if __name__ == "__main__":
     config = configure(globals())
@@ -218,6 +216,7 @@ if __name__ == "__main__":
     if temperature <= 0:
         raise ValueError(f'temperature must be above 0, for answers are sampled; got {temperature}')
     train_rows, val_rows = (load_examples(dataset, f'prompts_{split}', 'prompt') for split in ('train', 'val'))
+    test_rows = load_examples(dataset, test_split, 'prompt', val_rows)[:test_prompts]
     reference, tok = load_chat_model(init_from, config)
     judge_model = load_reward_model(reward_model, tok) if reward == 'model' else None
     gold_of, end = load_gold(dataset), tok.special['<|end|>']
@@ -226,7 +225,9 @@ if __name__ == "__main__":
     policy = Policy(copy.deepcopy(reference), separate_critic)
     if checkpoint:
         policy.load_state_dict(checkpoint['policy'])
-    first, kl_coef = checkpoint.get('step', 0), checkpoint.get('kl_coef', kl_coef if kl_control != 'none' else 0.0)
+    first, kl_coef = checkpoint.get('step', 0), kl_coef if kl_control != 'none' else 0.0
+    if checkpoint and all(checkpoint['config'][key] == config[key] for key in ('kl_control', 'kl_coef')):
+        kl_coef = checkpoint['kl_coef']  # where it has got to
     work = batch_size * 64 * (2 + ppo_epochs) * (max_iters - first)  # tokens, about
     run = start_run(config, flops=reference.flops_per_token(64) * work)
     for module in (reference, policy, judge_model):
@@ -355,22 +356,23 @@ if __name__ == "__main__":
 
     # 10. the end: held-out prompts that nobody looked at, before and after
     stop.leave(run, stopping, step, out_dir)  # the other ranks end here
-    seconds, rows = time.time() - began, load_examples(dataset, test_split, 'prompt', val_rows)[:test_prompts]
-    start, after = (evaluate(model, tok, rows, test_draws, run, rng(seed, max_iters, device=run.device))
+    seconds, told = time.time() - began, []
+    start, after = (evaluate(model, tok, test_rows, test_draws, run, rng(seed, max_iters, device=run.device))
                     for model in (reference, policy.gpt))
-    asked = short_prompts(rows, tok, policy.gpt.config.block_size, max_new_tokens)
-    idx, mask, _ = rollout(policy.gpt, asked, end, rng(seed, device=run.device), run.device)
-    score, gold = judge(idx, mask, rows, judge_model)
-    kl = measure(policy, reference, idx, mask, minibatch_size)[4].sum(1).mean().item()
+    for rows in (test_rows[i:i + batch_size] for i in range(0, len(test_rows), batch_size)):
+        asked = short_prompts(rows, tok, policy.gpt.config.block_size, max_new_tokens)
+        idx, mask, _ = rollout(policy.gpt, asked, end, rng(seed, len(told), device=run.device), run.device)
+        kl = measure(policy, reference, idx, mask, minibatch_size)[4].sum(1)
+        told.append(torch.stack((*judge(idx, mask, rows, judge_model), kl.cpu())))
+    score, gold, kl = torch.cat(told, dim=1).mean(1).tolist()
     p, q = (min(max(f['exact_match_sampled'], 1e-6), 1 - 1e-6) for f, *_ in (start, after))
-    figures = {**after[0], 'score': score.mean().item(), 'gold': gold.mean().item(), 'kl': kl,
-               'kl_minimum': q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p)),
-               **{f'{name}_before': value for name, value in start[0].items()}}
+    figures = {**after[0], 'score': score, 'gold': gold, 'kl': kl,
+               'kl_minimum': q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p)), **{f'{name}_before': value for name, value in start[0].items()}}
     if judge_model is not None and test_draws >= 4:  # the same reward model without PPO: the best of four samples
-        conversations = [[{'role': 'user', 'content': row['prompt']}] for row in rows]
-        four = [start[1][draw * len(rows) + i][0] for i in range(len(rows)) for draw in range(4)]
+        conversations = [[{'role': 'user', 'content': row['prompt']}] for row in test_rows]
+        four = [start[1][draw * len(test_rows) + i][0] for i in range(len(test_rows)) for draw in range(4)]
         best = best_of(judge_model, tok, conversations, four)
-        figures['best_of_4'] = sum(text == row.get('response') for text, row in zip(best, rows)) / len(rows)
+        figures['best_of_4'] = exact_match(best, [row.get('response') for row in test_rows])
     print(*(f'    {name:28} {value:8.4f}' for name, value in figures.items()), sep='\n')
     logger.final({**figures, 'episodes_per_second': (step - first) * batch_size / max(train_seconds, 1e-9),
                   'rollout_share': rollout_seconds / max(train_seconds, 1e-9), 'seconds': seconds,

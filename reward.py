@@ -105,13 +105,13 @@ def score(trained, reference, idx, mask):
     return dpo_beta * (log_prob(trained, idx, mask) - before)
 
 @torch.no_grad()
-def evaluate(model, reference, pairs, gold, run, batch=128):
+def evaluate(model, reference, pairs, gold, run):
     """What the scores of pairs are worth, see pair_figures."""
     scores = torch.zeros(2, len(pairs))
-    for i in range(0, len(pairs), batch):
-        idx, mask, _ = get_batch(pairs[i:i + batch])
+    for i in range(0, len(pairs), batch_size):
+        idx, mask, _ = get_batch(pairs[i:i + batch_size])
         with run.autocast:
-            scores[:, i:i + batch] = score(model, reference, idx.to(run.device), mask.to(run.device)).view(2, -1)
+            scores[:, i:i + batch_size] = score(model, reference, idx.to(run.device), mask.to(run.device)).view(2, -1)
     return pair_figures(*scores, [row for *_, row in pairs], gold, flip_rate)
 
 def toss_labels(pairs):

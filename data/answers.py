@@ -2,6 +2,7 @@
 Answers to prompts, in batches of any lengths, and the measures of them: how near they are to gold ones, how well
 scores tell right from wrong. Each has one right value, so they stand here, for all scripts.
 """
+import math
 from collections import Counter
 import torch
 from torch.nn import functional as F
@@ -55,11 +56,14 @@ def best_of(judge, tok, conversations, texts):
     return best
 
 @torch.no_grad()
-def score_moments(judge, model, tok, rows, max_new_tokens, generator):
+def score_moments(judge, model, tok, rows, max_new_tokens, generator, batch_size=250):
     """(standard deviation, mean) of a reward model's scores of a language model's sampled answers to the prompts of rows."""
-    idx = pad_left(short_prompts(rows, tok, model.config.block_size, max_new_tokens), model.wte.weight.device)
-    out = model.generate(idx, max_new_tokens, stop=[tok.special['<|end|>']], generator=generator)
-    return torch.std_mean(judge(out, torch.arange(out.size(1), device=out.device) >= idx.size(1)).float())
+    scores, device, prompts = [], model.wte.weight.device, short_prompts(rows, tok, model.config.block_size, max_new_tokens)
+    for i in range(0, len(prompts), batch_size):
+        idx = pad_left(prompts[i:i + batch_size], device)
+        out = model.generate(idx, max_new_tokens, stop=[tok.special['<|end|>']], generator=generator)
+        scores.append(judge(out, torch.arange(out.size(1), device=device) >= idx.size(1)).float())
+    return torch.std_mean(torch.cat(scores))
 
 def log_prob(model, idx, mask):
     """Log-probability, in nats, that a language model gives to the tokens of idx (B, T) where mask is 1, a row's sum
@@ -80,6 +84,10 @@ def tamper(idx, mask, blank, generator):
     others = others[torch.randint(len(others), own.shape, generator=generator, device=own.device)]
     noisy = torch.where(hit, others.masked_fill(blanked, blank), chosen)
     return torch.cat((idx, noisy)), torch.cat((mask, own)), chosen.masked_fill(~hit, -1)
+
+def exact_match(said, gold):
+    """The share of texts that are the gold ones; nan where one of these is None, not known."""
+    return sum(a == b for a, b in zip(said, gold)) / len(gold) if None not in gold else math.nan
 
 def token_f1(said, gold):
     """Harmonic mean of precision and recall of the words that two texts share (SQuAD, arXiv 1606.05250)."""

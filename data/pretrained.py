@@ -194,7 +194,10 @@ def load_model(source, config, tok=None):
 
 def load_chat_model(source, config):
     """load_model for the stages after training: without dropout unless `config` has one, with the special tokens of
-    chats, for which the embedding is enlarged; 'scratch' is a model of bytes."""
+    chats, for which the embedding is enlarged; 'scratch' is a model of bytes. ValueError for the folder that the run is
+    to write to: what it starts from, and goes back to where it is resumed, would be lost."""
+    if isinstance(source, str) and os.path.realpath(source) == os.path.realpath(config.get('out_dir', '')):
+        raise ValueError(f'init_from={source!r} is the folder that the run would write to; give it another out_dir')
     model, tok = load_model(source, {'dropout': 0.0} | config, Tokenizer.byte() if source == 'scratch' else None)
     tok.add_special(SPECIAL)
     model.resize_vocab(tok.vocab_size)
@@ -210,4 +213,7 @@ def load_reward_model(folder, tok):
         raise ValueError(f'{folder}: the reward model has another tokenizer than the policy; train both from one base')
     model = RewardModel(GPT(GPTConfig(**checkpoint['model_args'])))
     model.load_state_dict(checkpoint['model'])
+    if model.scale == 1 and model.shift == 0 and os.environ.get('RANK', '0') == '0':
+        print(f'{folder}: saved before its run ended, so that its scores are not normalised; to end it: '
+              f'python reward.py --init_from=resume --out_dir={folder}')
     return model.eval()

@@ -11,6 +11,8 @@ import ppo
 from bpe import Tokenizer
 from configurator import load_checkpoint, read_log, save_checkpoint
 from conftest import CPU, call, finish, flags, ok, one_line, start
+from data.dataset import read_jsonl
+from data.pretrained import load_chat_model, load_reward_model
 from model import GPT, GPTConfig
 
 tok = Tokenizer.byte()
@@ -254,6 +256,45 @@ def test_a_stopped_run_goes_on_bit_for_bit(letters_data, small_sft, small_reward
     a, b = (load_checkpoint(str(tmp_path / name)) for name in ('whole', 'half'))
     assert all(torch.equal(a['policy'][key], b['policy'][key]) for key in a['policy']) and a['kl_coef'] == b['kl_coef']
     assert final(tmp_path / 'whole')['exact_match_sampled'] == final(tmp_path / 'half')['exact_match_sampled']
+
+
+def test_a_resumed_run_goes_on_with_its_kl_weight_unless_it_is_given_another(letters_data, small_sft, tmp_path):
+    ok(call('ppo.py', *flags(FAST, dataset=letters_data, init_from=small_sft.folder, out_dir=tmp_path, reward='gold', max_iters=2,
+                             kl_control='adaptive', kl_coef=0.1, kl_target=1e-4, kl_horizon=32, eval_interval=100)))
+    reached = load_checkpoint(str(tmp_path))['kl_coef']
+    assert reached != 0.1
+    for n, (given, expected) in enumerate((([], reached), (['--kl_coef=0.7'], 0.7), (['--kl_control=none'], 0),
+                                           (['--kl_control=fixed'], 0.7))):
+        ok(call('ppo.py', '--init_from=resume', f'--out_dir={tmp_path}', f'--max_iters={3 + n}', *given))
+        assert metrics(tmp_path)[-1]['objective/kl_coef'] == pytest.approx(expected), given
+
+
+def test_where_right_answers_are_not_known_nothing_is_said_to_be_wrong(letters_data, small_sft, small_reward, tmp_path):
+    for split in ('train', 'val'):
+        rows = read_jsonl(str(letters_data / f'prompts_{split}.jsonl'), 'prompt')
+        (tmp_path / f'prompts_{split}.jsonl').write_text(''.join(json.dumps({'prompt': row['prompt']}) + '\n' for row in rows))
+    ok(call('ppo.py', *flags(FAST, dataset=tmp_path, init_from=small_sft.folder, reward_model=small_reward.folder,
+                             out_dir=tmp_path / 'run', max_iters=1)))
+    figures = final(tmp_path / 'run')
+    assert all(figures[key] is None for key in ('exact_match', 'exact_match_sampled', 'gold', 'kl_minimum', 'best_of_4'))
+    assert math.isfinite(figures['score']) and figures['ended'] > 0
+
+
+def test_a_reward_model_that_was_saved_before_its_end_is_named(small_sft, small_reward, tmp_path, capsys):
+    checkpoint, (_, tok) = load_checkpoint(str(small_reward.folder)), load_chat_model(str(small_sft.folder), {})
+    assert load_reward_model(str(small_reward.folder), tok).scale != 1 and capsys.readouterr().out == ''
+    checkpoint['model'] |= {'shift': torch.zeros(()), 'scale': torch.ones(())}
+    save_checkpoint(str(tmp_path), checkpoint)
+    load_reward_model(str(tmp_path), tok)
+    assert f'reward.py --init_from=resume --out_dir={tmp_path}' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('script', ['sft.py', 'reward.py', 'ppo.py'])
+def test_a_run_does_not_write_over_what_it_starts_from(script, letters_data, small_sft):
+    before = (small_sft.folder / 'ckpt.pt').read_bytes()
+    said = one_line(call(script, *flags(CPU, dataset=letters_data, init_from=small_sft.folder, out_dir=f'{small_sft.folder}/',
+                                        **{'reward': 'gold'} if script == 'ppo.py' else {})))
+    assert 'is the folder that the run would write to' in said and (small_sft.folder / 'ckpt.pt').read_bytes() == before
 
 
 def test_a_minibatch_in_one_part_or_three_gives_the_same_step(letters_data, small_sft, tmp_path):
