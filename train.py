@@ -177,14 +177,16 @@ if __name__ == "__main__":
             if stopping:
                 break
             whole = step >= max_iters and not eval_only  # the last figure is of the whole validation set
-            val_loss = evaluate(model, val_data, dict(config, eval_iters=0) if whole else config, run)
+            val_loss = measure = evaluate(model, val_data, config, run)  # the best is chosen by one measure throughout
+            if whole and eval_iters:
+                val_loss = evaluate(model, val_data, dict(config, eval_iters=0), run)
             val_bpb = val_loss / bytes_per_token / math.log(2)
             logger.log(step, {'val_loss': val_loss, 'val_bpb': val_bpb})
-            if val_loss < best_val_loss and not eval_only:
-                best_val_loss, saved = val_loss, step
-                if run.master:
-                    name = 'ckpt_best.pt' if always_save_checkpoint else 'ckpt.pt'
-                    save_checkpoint(out_dir, snapshot(step), name, final=done)
+            if measure < best_val_loss and not eval_only:
+                best_val_loss, saved = measure, step
+                for name in ('ckpt_best.pt',) + ('ckpt.pt',) * (not always_save_checkpoint):  # a stop writes this one too
+                    if run.master:
+                        save_checkpoint(out_dir, snapshot(step), name, final=done)
             if run.master and sample_tokens:
                 ids = model.generate(torch.tensor([tok.encode('\n')], device=run.device), sample_tokens,
                                      temperature=0.8, generator=rng(seed, step, device=run.device))

@@ -243,13 +243,23 @@ def test_the_checkpoint_holds_all_that_the_next_stage_needs(full):
 
 def test_where_only_better_ones_are_saved_ckpt_is_the_best(dataset, tmp_path):
     """As nanoGPT has it: what gets worse is not saved, and sample.py finds the best."""
-    for name, rate, expected in (('good', 3e-3, {'ckpt.pt': 4, 'ckpt_prev.pt': 2}), ('wild', 3.0, {'ckpt.pt': 0})):
+    for name, rate, expected in (
+            ('good', 3e-3, {'ckpt.pt': 4, 'ckpt_prev.pt': 2, 'ckpt_best.pt': 4}), ('wild', 3.0, {'ckpt.pt': 0, 'ckpt_best.pt': 0})):
         run_of(tmp_path / name, dataset, optimizer='adamw', learning_rate=rate, max_iters=4, eval_interval=2,
                always_save_checkpoint=False)
         validated = {r['step']: r['val_loss'] for r in records(tmp_path / name) if 'val_loss' in r}
         assert min(validated, key=validated.get) == expected['ckpt.pt'] and list(validated) == [0, 2, 4]
         saved = [f for f in os.listdir(tmp_path / name) if f.endswith('.pt')]
         assert {f: load_checkpoint(str(tmp_path / name / f))['step'] for f in saved} == expected
+
+
+def test_the_best_is_chosen_by_one_measure_though_the_last_figure_is_of_the_whole_set(dataset, tmp_path):
+    run_of(tmp_path, dataset, optimizer='adamw', max_iters=4, eval_interval=2, eval_iters=1)
+    best, val_data = load_checkpoint(str(tmp_path / 'ckpt_best.pt')), load_dataset(str(dataset), 32)[1]
+    loss = lambda eval_iters: train.evaluate(load_model(str(tmp_path), {})[0], val_data, {
+        'block_size': 32, 'batch_size': 8, 'eval_iters': eval_iters}, types.SimpleNamespace(
+            rank=0, world=1, device='cpu', type='cpu', autocast=torch.no_grad()))
+    assert best['step'] == 4 and best['best_val_loss'] == loss(1) != loss(0) == read_log(str(tmp_path))[-1]['final']['val_loss']
 
 
 def test_eval_only_says_the_loss_and_leaves_the_run_as_it_was(full, dataset):
