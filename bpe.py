@@ -297,4 +297,4 @@ if __name__ == '__main__':
     seconds, n_tokens, n_bytes = time.time() - started, len(tokenizer.encode(text)), len(text.encode())
     tokenizer.save(out)
     print(f'{out}: {len(tokenizer.merges):,} merges from {n_bytes:,} bytes in {seconds:.1f} s, '
-          f'{n_bytes / n_tokens:.2f} bytes a token; first', [tokenizer.decode([256 + i]) for i in range(10)])
+          f'{n_bytes / n_tokens:.2f} bytes a token; first', [tokenizer.decode([256 + i]) for i in range(min(10, len(tokenizer.merges)))])

@@ -239,13 +239,13 @@ def learning_rate_at(step, config):
     top, low, warmup = config['learning_rate'], config.get('min_lr', 0.0), config['warmup_iters']
     end = config.get('lr_decay_iters') or config['max_iters']
     kind = config.get('lr_schedule', 'cosine') if config.get('decay_lr', True) else 'constant'
-    if step < warmup:
-        return top * (step + 1) / (warmup + 1)
     t = min(1.0, (step - warmup) / max(1, end - warmup))  # from 0, the end of warm-up, to 1, the end of decay
     falls = {'cosine': 0.5 * (1 + math.cos(math.pi * t)), 'linear': 1 - t, 'constant': 1.0,
              'wsd': min(1.0, (1 - t) / max(1e-9, config.get('cooldown_frac', 0.2)))}
     if kind not in falls:
         raise ValueError(f'lr_schedule must be one of {", ".join(falls)}; got {kind!r}')
+    if step < warmup:
+        return top * (step + 1) / (warmup + 1)
     return low + falls[kind] * (top - low)
 
 # ----- The log

@@ -7,7 +7,7 @@ Let a trained model speak: continue a text, answer a file of prompts, or chat in
     python sample.py --out_dir=out/sft --chat=True            a conversation; /reset forgets it, Ctrl-C stops an answer
     python sample.py --prompts=questions.jsonl --answers=answers.jsonl --best_of=4 --reward_model=out/reward
 """
-import json
+import json, os
 import torch
 from bpe import printable, render_chat
 from configurator import at_least_one, configure, rng, start_run
@@ -103,6 +103,7 @@ if __name__ == "__main__":
             asked = read_jsonl(prompts, 'prompt')
             conversations = [a.get('messages') or [{'role': 'user', 'content': a['prompt']}] for a in asked]
             judge = load_reward_model(reward_model, tok).to(run.device) if best_of > 1 else None
+            os.makedirs(os.path.dirname(answers) or '.', exist_ok=True)
             texts = answer_prompts(model, tok, conversations, judge, how)
             with open(answers, 'w', encoding='utf-8') as f:
                 f.writelines(json.dumps({**a, 'response': t}, ensure_ascii=False) + '\n' for a, t in zip(asked, texts))

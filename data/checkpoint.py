@@ -15,7 +15,11 @@ def replacing(path, keep=None):
             f.flush()
             os.fsync(f.fileno())
         if keep and os.path.exists(path):
-            os.replace(path, keep)
+            try:  # a second name, so that the first one is never without a file
+                os.link(path, f'{keep}.tmp')
+                os.replace(f'{keep}.tmp', keep)
+            except OSError:  # a file system without them
+                os.replace(path, keep)
         os.replace(f'{path}.tmp', path)
     finally:
         with contextlib.suppress(OSError):

@@ -118,6 +118,8 @@ def load_pretrained(source, dtype=None, **overrides):
     model = model.to(dtype or (dtypes[found.pop()] if len(found) == 1 else torch.float32)).to_empty(device='cpu')
     if c.tie_weights:
         model.lm_head.weight = model.wte.weight
+    for moe in model.moes.values():
+        moe.bias is None or moe.bias.zero_()  # no file has it
     with torch.no_grad():
         for name, part in named_parts(model, kind).items():
             part.copy_(held[name][:])

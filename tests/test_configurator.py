@@ -354,7 +354,7 @@ def test_the_cosine_is_nanogpts():
 
 def test_an_unknown_schedule_is_an_error_that_lists_the_known():
     with pytest.raises(ValueError, match="cosine, linear, constant, wsd; got 'cosin'"):
-        learning_rate_at(50, {**SCHEDULE, 'lr_schedule': 'cosin'})
+        learning_rate_at(0, {**SCHEDULE, 'lr_schedule': 'cosin'})  # at once, not after the warm-up
 
 
 @pytest.mark.parametrize('number, status', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -429,6 +429,13 @@ def two_saves(folder):
     for step in (1, 2):
         save_checkpoint(folder, checkpoint_of(step))
     return folder
+
+
+def test_at_no_moment_is_there_no_checkpoint(tmp_path, monkeypatch):
+    rename, there = os.replace, []
+    monkeypatch.setattr(os, 'replace', lambda a, b: (rename(a, b), there.append(load_checkpoint(tmp_path / 'ckpt.pt')['step'])))
+    two_saves(tmp_path)
+    assert there == [1, 1, 2] and load_checkpoint(tmp_path / 'ckpt_prev.pt')['step'] == 1
 
 
 def test_what_is_saved_is_loaded_and_the_one_before_is_kept(tmp_path):

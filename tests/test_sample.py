@@ -182,12 +182,12 @@ def test_each_prompt_of_a_file_gets_the_answer_it_would_get_alone(babble, tmp_pa
     tok, asked = Tokenizer.byte(), [{'prompt': p, 'id': i} for i, p in enumerate(['the king', 'a', '王 né ' * 2])]
     jsonl(tmp_path / 'asked.jsonl', asked)
     args = [*CPU, f'--out_dir={babble}', '--temperature=0', '--max_new_tokens=8', f'--prompts={tmp_path}/asked.jsonl']
-    for name, size in (('a', 32), ('b', 1)):
+    for name, size in (('new/a', 32), ('b', 1)):
         said = ok(call('sample.py', *args, f'--answers={tmp_path}/{name}.jsonl', f'--batch_size={size}'))
         assert said.splitlines()[-1] == f'3 answers written to {tmp_path}/{name}.jsonl'
     alone = [tok.decode(likeliest(babble, render_chat([user(row['prompt'])], tok)[0], 8)) for row in asked]
     expected = [{**row, 'response': text.split('<|end|>')[0]} for row, text in zip(asked, alone)]
-    assert jsonl(tmp_path / 'a.jsonl') == jsonl(tmp_path / 'b.jsonl') == expected
+    assert jsonl(tmp_path / 'new' / 'a.jsonl') == jsonl(tmp_path / 'b.jsonl') == expected
     assert len({row['response'] for row in expected}) == 3
 
 
