@@ -367,7 +367,8 @@ if __name__ == "__main__":
     score, gold, kl = torch.cat(told, dim=1).mean(1).tolist()
     p, q = (min(max(f['exact_match_sampled'], 1e-6), 1 - 1e-6) for f, *_ in (start, after))
     figures = {**after[0], 'score': score, 'gold': gold, 'kl': kl,
-               'kl_minimum': q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p)), **{f'{name}_before': value for name, value in start[0].items()}}
+               'kl_minimum': q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p)),
+               **{f'{name}_before': value for name, value in start[0].items()}}
     if judge_model is not None and test_draws >= 4:  # the same reward model without PPO: the best of four samples
         conversations = [[{'role': 'user', 'content': row['prompt']}] for row in test_rows]
         four = [start[1][draw * len(test_rows) + i][0] for i in range(len(test_rows)) for draw in range(4)]

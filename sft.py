@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from bpe import printable, render_chat
 from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, one_of, parallel,
                           peak_memory_mb, resume, rng, save_checkpoint, seed_for, start_run, sum_over_ranks)
-from data.answers import answer, rouge_l, token_f1
+from data.answers import answer, exact_match, rouge_l, token_f1
 from data.dataset import grouped_order, load_examples
 from data.pretrained import load_chat_model
 
@@ -134,8 +134,8 @@ def evaluate(model, tok, rows, run, draws, generator):
         sampled = answer(model, tok, prompts * draws, max_new_tokens, generator=generator)
     mean, texts = lambda values: sum(values) / len(values), [text for text, _ in greedy]
     right = [a == b for a, b in zip(texts, gold)]
-    figures = {'exact_match': mean(right),
-               'exact_match_sampled': mean([a == b for (a, _), b in zip(sampled, gold * draws)]),
+    figures = {'exact_match': exact_match(texts, gold),
+               'exact_match_sampled': exact_match([text for text, _ in sampled], gold * draws),
                'token_f1': mean([*map(token_f1, texts, gold)]), 'rouge_l': mean([*map(rouge_l, texts, gold)]),
                'ended': mean([ended for _, ended in greedy]), 'ended_sampled': mean([ended for _, ended in sampled])}
     for op in sorted({row['op'] for row in rows if 'op' in row}):

@@ -184,9 +184,10 @@ if __name__ == "__main__":
             logger.log(step, {'val_loss': val_loss, 'val_bpb': val_bpb})
             if measure < best_val_loss and not eval_only:
                 best_val_loss, saved = measure, step
-                for name in ('ckpt_best.pt',) + ('ckpt.pt',) * (not always_save_checkpoint):  # a stop writes this one too
-                    if run.master:
-                        save_checkpoint(out_dir, snapshot(step), name, final=done)
+                if run.master:
+                    save_checkpoint(out_dir, snapshot(step), 'ckpt_best.pt', final=done)
+                if run.master and not always_save_checkpoint:         # else it is written above
+                    save_checkpoint(out_dir, snapshot(step), final=done)
             if run.master and sample_tokens:
                 ids = model.generate(torch.tensor([tok.encode('\n')], device=run.device), sample_tokens,
                                      temperature=0.8, generator=rng(seed, step, device=run.device))
