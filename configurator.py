@@ -8,7 +8,7 @@ results, and draws their curves in one picture (those that differ in the seed al
 import ast, contextlib, difflib, dis, functools, glob, json, math, os, re, shutil, signal, sys, traceback, types
 import numpy as np
 import torch
-from data.checkpoint import load_checkpoint, replacing, save_checkpoint  # the scripts take them from here
+from data.checkpoint import load_checkpoint, replacing, save_checkpoint, set_aside  # the scripts take the first from here
 
 # ----- Settings: names assigned a literal between the first two rules of a script
 
@@ -117,7 +117,7 @@ def one_line_errors(kind, error, trace):
     if issubclass(kind, ModuleNotFoundError):
         text += f': pip install {error.name}'
     if issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or 'not enough memory' in text or "can't allocate memory" in text:
-        text = 'out of memory: lower batch_size (and raise gradient_accumulation_steps), block_size or n_layer'
+        text = 'out of memory: lower batch_size (and raise gradient_accumulation_steps), minibatch_size, block_size or n_layer'
     elif not issubclass(kind, (ValueError, OSError, ImportError, KeyboardInterrupt)):
         return sys.__excepthook__(kind, error, trace)
     print(f'error: {text or kind.__name__}', file=sys.stderr, flush=True)
@@ -260,6 +260,8 @@ class Logger:
         if not master:
             self.log = self.final = lambda *ignored: None
             return
+        if not step:
+            set_aside(out_dir)  # nothing saved is ever lost
         os.makedirs(out_dir, exist_ok=True)
         for stale in glob.glob('*.tmp', root_dir=out_dir):
             os.remove(os.path.join(out_dir, stale))

@@ -134,6 +134,12 @@ if __name__ == "__main__":
     at_least_one(config, 'eval_interval', 'log_interval', 'batch_size', 'gradient_accumulation_steps')
     train_data, val_data, meta, tok = load_dataset(dataset, block_size, tokenizer, vocab_size)
     model, tok = load_model(checkpoint or init_from, config, tok)
+    if not checkpoint and init_from != 'scratch':  # its architecture stands
+        own = {k: v for k, v in vars(model.config).items() if k in config and k not in ('block_size', 'vocab_size')}
+        asked = {k: config[k] for k in configure.given & own.keys()}
+        if other := [k for k in asked if getattr(GPTConfig(**vars(model.config) | asked), k) != own[k]]:
+            raise ValueError(f'{other[0]}={config[other[0]]!r}: {init_from} has {own[other[0]]!r}, which cannot change; leave it out')
+        config.update(own)
     if block_size > model.config.block_size:
         raise ValueError(f'block_size {block_size} is more than the {model.config.block_size} of {init_from}')
     first, best_val_loss = checkpoint.get('step', 0), checkpoint.get('best_val_loss', math.inf)

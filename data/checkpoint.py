@@ -2,7 +2,7 @@
 Files that are whole or not there, and checkpoints: plain dicts of tensors and primitives, never half-written, never run
 as code. The scripts know them through configurator.py.
 """
-import contextlib, os, zipfile
+import contextlib, itertools, os, zipfile
 import torch
 
 @contextlib.contextmanager
@@ -39,6 +39,17 @@ def save_checkpoint(out_dir, checkpoint, name='ckpt.pt', final=True):
         if final:
             raise OSError(text) from e
         print('warning:', text)
+
+def set_aside(out_dir):
+    """Move what another run left in a folder to before.1 in it, or to the next number that is free, and say so."""
+    names = [name for name in ('log.jsonl', 'curves.png', 'tensorboard', 'ckpt_prev.pt', 'ckpt_best.pt', 'ckpt.pt')
+             if os.path.exists(os.path.join(out_dir, name))]
+    if names and names[-1].startswith('ckpt'):
+        other = next(name for i in itertools.count(1) if not os.path.exists(name := os.path.join(out_dir, f'before.{i}')))
+        os.mkdir(other)
+        for name in names:
+            os.rename(os.path.join(out_dir, name), os.path.join(other, name))
+        print(f'{out_dir} held another run, which is in {other} now')
 
 def load_checkpoint(path, name='ckpt.pt'):
     """The checkpoint at a path or in a run's folder, on the CPU; its checksums are verified. Where a folder's

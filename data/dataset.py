@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from urllib.request import urlopen
 import numpy as np
 import torch
-from bpe import SPECIAL, Tokenizer, check_texts, render_chat
+from bpe import SPECIAL, Tokenizer, check_texts, get_tokenizer, render_chat
 from configurator import replacing, rng
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -27,8 +27,8 @@ def download(url, sha256=''):
 def write_dataset(folder, tokenizer, train, val, **about):
     """
     Encode two iterables of documents, each followed by <|endoftext|> if the tokenizer has it, to train.bin
-    and val.bin, beside tokenizer.json and, last, meta.json with the counts and **about. A running job keeps
-    the old files it has open. Bytes are counted of the text in UTF-8: <|endoftext|> has none.
+    and val.bin, beside tokenizer.json and, last, meta.json with the counts and **about: the settings, by which
+    it can be prepared again. A running job keeps the old files it has open. Bytes are counted of the text in UTF-8: <|endoftext|> has none.
     """
     os.makedirs(folder, exist_ok=True)
     dtype = np.dtype('<u2' if tokenizer.vocab_size <= 65536 else '<u4')
@@ -51,17 +51,17 @@ def write_dataset(folder, tokenizer, train, val, **about):
         file.write(json.dumps(meta | about, indent=1).encode())
     print(folder, *(f'{key} {meta[key]:,}' for key in meta if key.endswith(('tokens', 'bytes'))), flush=True)
 
-def prepare_unless(ready, dataset, wanted):
-    """Run data/<dataset>/prepare.py, if there is one, for the tokenizer's name and size that are wanted, unless ready()
-    says that it need not be. One process prepares; other ranks and runs wait for it."""
+def prepare_unless(ready, dataset, settings=dict):
+    """Run data/<dataset>/prepare.py, if there is one, with the settings() for it, unless ready() says that it need not
+    be. One process prepares; other ranks and runs wait for it."""
     script = os.path.join(HERE, dataset, 'prepare.py')
     if not os.path.exists(script):
         return
     with open(script, 'rb') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # files that are there may still be written to
         if not ready():
-            print(f'preparing data/{dataset}', *(f'{key} {value}' for key, value in wanted.items()), flush=True)
-            asked = [f'--{"tokenizer" if key == "name" else key}={value}' for key, value in wanted.items()]
+            asked = [f'--{key}={value}' for key, value in settings().items()]
+            print(f'preparing data/{dataset}', *asked, flush=True)
             if subprocess.run([sys.executable, script, *asked]).returncode:
                 raise ValueError(f'data/{dataset} could not be prepared, for the reason above')
 
@@ -69,11 +69,15 @@ def load_dataset(dataset, block_size, tokenizer='', vocab_size=0):
     """
     (train tokens, val tokens, meta, Tokenizer) of data/<dataset>, the tokens as memory maps. It is prepared first
     if it is not there, or if it holds other tokens than the name and size of a tokenizer ask for ('' and 0 ask
-    for nothing). ValueError, naming file and field, where its files disagree or are shorter than a block.
+    for nothing; a tokenizer.json that is named must be the same as then). It is prepared again by the settings that
+    it was prepared by. ValueError, naming file and field, where its files disagree or are shorter than a block.
     """
     folder = os.path.join(HERE, dataset)
     script, meta_file = os.path.join(folder, 'prepare.py'), os.path.join(folder, 'meta.json')
-    wanted = {key: value for key, value in (('name', tokenizer), ('vocab_size', vocab_size)) if value}
+    asked = {key: value for key, value in (('tokenizer', tokenizer), ('vocab_size', vocab_size)) if value}
+    wanted = {'name' if key == 'tokenizer' else key: value for key, value in asked.items()}
+    if tokenizer not in ('', 'byte', 'bpe', 'gpt2'):
+        wanted['fingerprint'] = get_tokenizer(tokenizer).fingerprint
 
     def read_meta():
         """(meta.json, whether it is there and of the tokenizer wanted)."""
@@ -86,7 +90,7 @@ def load_dataset(dataset, block_size, tokenizer='', vocab_size=0):
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise ValueError(f'{meta_file} is damaged ({error!r}); prepare the dataset again') from error
 
-    prepare_unless(lambda: read_meta()[1], dataset, wanted)
+    prepare_unless(lambda: read_meta()[1], dataset, lambda: {**read_meta()[0].get('settings', {}), **asked})
     meta, ready = read_meta()
     if not meta:
         there = sorted(name for name in os.listdir(HERE) if os.path.exists(os.path.join(HERE, name, 'prepare.py')))
@@ -116,7 +120,7 @@ def load_examples(dataset, split, kind, default=None):
     ValueError if none is given."""
     path, script, files = (os.path.join(HERE, dataset, name) for name in (f'{split}.jsonl', 'prepare.py', '*.jsonl'))
     if default is None:
-        prepare_unless(lambda: glob.glob(files), dataset, {})
+        prepare_unless(lambda: glob.glob(files), dataset)
     elif not os.path.exists(path):
         return default
     if not os.path.exists(path):

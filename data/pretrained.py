@@ -84,8 +84,9 @@ def hub_folder(source):
 
 def load_pretrained(source, dtype=None, **overrides):
     """The GPT in a Hugging Face folder or of a name on huggingface.co, in the file's dtype if none is given; overrides
-    are flags that change no weight: block_size, dropout, attn. Only config.json and safetensors are read. ValueError,
-    before the memory of the weights is taken, where keys, names, shapes or dtypes are not what they should be."""
+    are flags that change no weight: dropout, attn and, but for learned positions, block_size. Only config.json and
+    safetensors are read. ValueError, before the memory of the weights is taken, where keys, names, shapes or dtypes
+    are not what they should be."""
     from safetensors import safe_open
     folder, dtypes = hub_folder(source), {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
     read = lambda name: json.loads(Path(folder, name).read_text('utf-8'))

@@ -478,7 +478,7 @@ def test_a_temporary_file_is_removed_when_a_run_starts_there_but_not_when_somebo
     two_saves(tmp_path)
     (tmp_path / 'ckpt.pt.tmp').write_bytes(b'half')
     assert load_checkpoint(tmp_path)['step'] == 2 and (tmp_path / 'ckpt.pt.tmp').exists()  # it may be a save going on
-    Logger(str(tmp_path), {})
+    Logger(str(tmp_path), {}, step=2)
     assert sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'ckpt_prev.pt', 'log.jsonl']
 
 
@@ -674,6 +674,22 @@ def test_a_resumed_run_drops_the_lines_that_it_will_write_again(tmp_path):
     assert lines_of(tmp_path)[-1] == {'step': 3, 'loss': 30} and len(lines_of(tmp_path)) == 4
     Logger(str(tmp_path), {})
     assert lines_of(tmp_path) == []
+
+
+def test_what_another_run_left_is_moved_aside_and_nothing_else(tmp_path, capsys):
+    for i in range(3):
+        logger = Logger(str(tmp_path), {})
+        logger.log(0, {'loss': i})
+        save_checkpoint(str(tmp_path), {'step': i, 'model': {}, 'model_args': {}, 'config': {}}, 'ckpt_best.pt' if i else 'ckpt.pt')
+        (tmp_path / 'notes.txt').write_text('mine')
+    Logger(str(tmp_path), {}, step=3)  # which goes on
+    assert sorted(os.listdir(tmp_path)) == ['before.1', 'before.2', 'ckpt_best.pt', 'log.jsonl', 'notes.txt']
+    for i in range(2):
+        before = tmp_path / f'before.{i + 1}'
+        assert load_checkpoint(str(before), 'ckpt_best.pt' if i else 'ckpt.pt')['step'] == i
+        assert lines_of(before) == [{'step': 0, 'loss': i}] and len(os.listdir(before)) == 2
+    said = capsys.readouterr().out
+    assert said.count('held another run') == 2 and f'in {tmp_path}/before.2 now' in said
 
 
 def test_other_ranks_than_the_first_neither_print_nor_write(tmp_path, capsys):

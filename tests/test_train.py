@@ -11,6 +11,7 @@ import torch
 import assets.draw
 import data.dataset
 import train
+from bpe import Tokenizer
 from configurator import load_checkpoint, read_log, save_checkpoint
 from conftest import ROOT, TINY, call, finish, flags, ok, one_line, start, story
 from data.dataset import load_dataset
@@ -382,21 +383,15 @@ def test_poisoned_weights_are_not_trained_on(full, dataset, tmp_path):
 # -----------------------------------------------------------------------------
 # Ranks
 
-PREPARE = '''
-import os, runpy, sys
-here = os.path.dirname(os.path.abspath(__file__))
-sys.argv[1:1] = ['--input=' + os.path.join(here, 'story.txt'), '--out=' + here]
-runpy.run_path({!r}, run_name='__main__')
-'''.format(os.path.join(ROOT, 'data/text/prepare.py'))
-
-
 @pytest.fixture
 def unprepared(tmp_path):
     """A dataset with a prepare.py that was not run yet."""
     folder = tmp_path / 'mine'
     folder.mkdir()
     (folder / 'story.txt').write_bytes(story().encode())
-    (folder / 'prepare.py').write_text(PREPARE)
+    with open(os.path.join(ROOT, 'data/text/prepare.py'), encoding='utf-8') as f:
+        source = f.read().replace("input = ''", f"input = '{folder}/story.txt'").replace('here.parents[1]', repr(ROOT))
+    (folder / 'prepare.py').write_text(source)
     return folder
 
 
@@ -505,6 +500,29 @@ def test_data_of_another_tokenizer_than_the_models_is_an_error_with_both_sizes(f
     assert '300' in message and '261' in message
 
 
+def test_the_architecture_that_a_run_starts_from_stands(full, dataset, tmp_path):
+    for settings in (dict(n_layer=3), dict(norm='layernorm'), dict(n_kv_head=1), dict(n_hidden=8)):
+        (key, value), = settings.items()
+        message = refused(tmp_path, dataset, dict(TINY, init_from=full.folder), **settings)
+        assert f'{key}={value!r}: {full.folder} has ' in message and 'cannot change' in message
+    same = {key: value for key, value in TINY.items() if not key.startswith('n_')}
+    run_of(tmp_path, dataset, same, init_from=full.folder, n_kv_head=0, block_size=16, max_iters=1, dropout=0.0)
+    checkpoint = load_checkpoint(str(tmp_path))
+    assert checkpoint['model_args'] == load_checkpoint(str(full.folder))['model_args'] | {'dropout': 0.0}
+    for key in ('n_layer', 'n_embd', 'n_expert', 'n_kv_head'):  # the record tells what was trained, not the defaults
+        assert checkpoint['config'][key] == checkpoint['model_args'][key]
+    assert checkpoint['config']['block_size'] == 16
+
+
+def test_a_run_that_begins_anew_in_a_folder_spares_what_is_there_even_where_it_starts_from_it(full, dataset, tmp_path):
+    shutil.copytree(full.folder, tmp_path / 'run')
+    said = run_of(tmp_path / 'run', dataset, init_from=tmp_path / 'run', max_iters=2, n_expert=2, n_expert_active=1)
+    before = tmp_path / 'run' / 'before.1'
+    assert 'held another run' in said and load_checkpoint(str(before))['step'] == FULL['max_iters']
+    assert {r['step'] for r in read_log(str(before)) if 'step' in r} == {r['step'] for r in read_log(str(full.folder)) if 'step' in r}
+    assert load_checkpoint(str(tmp_path / 'run'))['step'] == 2
+
+
 def test_a_dataset_is_prepared_when_it_is_not_there_and_again_for_another_tokenizer(unprepared, tmp_path, monkeypatch):
     prepared = []
 
@@ -512,17 +530,36 @@ def test_a_dataset_is_prepared_when_it_is_not_there_and_again_for_another_tokeni
         prepared.append(command[2:])
         return call(*command[1:])
     monkeypatch.setattr(data.dataset, 'subprocess', types.SimpleNamespace(run=run))
+    settings = {}
     for asked, again in ((dict(), True), (dict(), False), (dict(tokenizer='bpe', vocab_size=300), True),
                          (dict(tokenizer='bpe'), False), (dict(vocab_size=300), False), (dict(tokenizer='byte'), True)):
         prepared.clear()
         said = run_of(tmp_path / 'run', unprepared, max_iters=0, **asked)
-        assert prepared == [flags(asked)] * again and ('preparing' in said) == again
+        assert prepared == [flags(settings | asked)] * again and ('preparing' in said) == again
+        settings = json.loads((unprepared / 'meta.json').read_text())['settings']  # by which it is prepared again
         has = json.loads((unprepared / 'meta.json').read_text())['tokenizer']
         assert has['name'] == asked.get('tokenizer', has['name'])
         best = load_checkpoint(str(tmp_path / 'run' / 'ckpt_best.pt'))
         assert best['model_args']['vocab_size'] == has['vocab_size'] == asked.get('vocab_size', has['vocab_size'])
     message = refused(tmp_path / 'run', unprepared, tokenizer='byte', vocab_size=300)
     assert 'meta.json' in message and '261' in message and '300' in message
+    assert 'is not byte, bpe, gpt2' in refused(tmp_path / 'run', unprepared, tokenizer='no.json')
+
+
+def test_a_data_set_keeps_its_own_settings_and_notices_that_a_tokenizer_was_trained_anew(unprepared):
+    (unprepared / 'more.log').write_text('and four, and five ' * 20)
+    ok(call(unprepared / 'prepare.py', f'--input={unprepared}', '--ext=.txt,.log'))
+    meta = lambda: json.loads((unprepared / 'meta.json').read_text())
+    before, file = meta(), str(unprepared / 'mine.json')
+    for text in ('one two three ', 'and four, and five '):
+        Tokenizer.train(text * 20, 270).save(file)
+        load_dataset(str(unprepared), 8, file)
+        assert meta()['settings'] == before['settings'] | {'tokenizer': file} and meta()['val_bytes'] == before['val_bytes']
+        assert meta()['tokenizer']['fingerprint'] == Tokenizer.load(file).fingerprint
+    with open(unprepared / 'meta.json') as f:
+        written = os.fstat(f.fileno()).st_ino
+    load_dataset(str(unprepared), 8, file)
+    assert os.stat(unprepared / 'meta.json').st_ino == written  # once is enough
 
 
 @pytest.mark.parametrize('name', ['eval_interval', 'log_interval', 'batch_size', 'gradient_accumulation_steps'])

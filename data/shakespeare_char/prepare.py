@@ -27,10 +27,10 @@ url = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 sha256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 if __name__ == '__main__':
-    configure(globals())
+    settings = configure(globals())
     text = (Path(input).read_bytes() if input else download(url, sha256)).decode('utf-8')
     cut = int(len(text) * 0.9)
     train, val = text[:cut], text[cut:]
-    write_dataset(out or here, get_tokenizer(tokenizer, train, vocab_size), [train], [val])
+    write_dataset(out or here, get_tokenizer(tokenizer, train, vocab_size), [train], [val], settings=settings)
 
 # data/shakespeare_char: 1,003,855 tokens for training, 111,541 for validation, vocabulary 261, 1.00 bytes a token

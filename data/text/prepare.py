@@ -57,7 +57,7 @@ def hold_out(documents):
         cut -= len(text)
 
 if __name__ == '__main__':
-    configure(globals())
+    settings = configure(globals())
     files = find_files(input, ext)
     documents = [text for text in map(read_text, files) if text]
     size = sum(map(len, documents))
@@ -65,4 +65,4 @@ if __name__ == '__main__':
         raise ValueError(f'{input}: {size} characters in {len(files)} files; at least 100 are needed')
     train, val, how = hold_out(documents)
     print(f'{len(files)} files, {len(documents)} of them not empty; held out: {how}')
-    write_dataset(out or here, get_tokenizer(tokenizer, '\n'.join(train), vocab_size), train, val, split=how)
+    write_dataset(out or here, get_tokenizer(tokenizer, '\n'.join(train), vocab_size), train, val, split=how, settings=settings)
