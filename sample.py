@@ -102,6 +102,7 @@ if __name__ == "__main__":
         elif prompts:
             asked = read_jsonl(prompts, 'prompt')
             conversations = [a.get('messages') or [{'role': 'user', 'content': a['prompt']}] for a in asked]
+            conversations = [c[:-1] if render_chat(c, tok)[1][-1] else c for c in conversations]  # not what was answered
             judge = load_reward_model(reward_model, tok).to(run.device) if best_of > 1 else None
             os.makedirs(os.path.dirname(answers) or '.', exist_ok=True)
             texts = answer_prompts(model, tok, conversations, judge, how)

@@ -180,6 +180,7 @@ def user(text):
 
 def test_each_prompt_of_a_file_gets_the_answer_it_would_get_alone(babble, tmp_path):
     tok, asked = Tokenizer.byte(), [{'prompt': p, 'id': i} for i, p in enumerate(['the king', 'a', '王 né ' * 2])]
+    asked[1]['messages'] = [user('a'), {'role': 'assistant', 'content': 'which was answered before'}]
     jsonl(tmp_path / 'asked.jsonl', asked)
     args = [*CPU, f'--out_dir={babble}', '--temperature=0', '--max_new_tokens=8', f'--prompts={tmp_path}/asked.jsonl']
     for name, size in (('new/a', 32), ('b', 1)):
