@@ -430,10 +430,10 @@ class GPT(nn.Module):
             x = block(x, shared, cache)
         return self.ln_f(x)
 
-    def forward(self, idx, targets=None, cache=None):
-        """idx (B, T), targets (B, T) or None -> logits (B, T, V) at every position, and the mean
-        cross-entropy in nats a token over the targets that are not -1 (None without targets)."""
-        logits = self.lm_head(self.hidden(idx, cache))
+    def forward(self, idx, targets=None, cache=None, read=...):
+        """idx (B, T), targets (B, T) or None -> logits (B, T, V) at every position, or (N, V) where read (B, T) is True,
+        and the mean cross-entropy in nats a token over the targets that are not -1 (None without targets)."""
+        logits = self.lm_head(self.hidden(idx, cache)[read])
         return logits, None if targets is None else F.cross_entropy(
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 

@@ -96,9 +96,10 @@ def get_batch(examples):
 def masked_loss(logits, targets, mask, total=None):
     """Cross-entropy, nats a token, where mask is 1: its sum divided by `total`, the number of such tokens in the
     whole accumulated batch of all ranks (None = in this one), so that every token weighs the same however a batch
-    is cut. Masked by position: a pad or an end token that counts has the id it has. logits (B, T, V)."""
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction='none')
-    return (loss * mask.flatten()).sum() / (mask.sum() if total is None else total)
+    is cut. Masked by position: a pad or an end token that counts has the id it has. logits (B, T, V), or (N, V) of the
+    tokens where mask is 1 alone."""
+    logits = logits[mask > 0] if logits.dim() == 3 else logits
+    return F.cross_entropy(logits.float(), targets[mask > 0], reduction='sum') / (mask.sum() if total is None else total)
 
 def batch_indices(by_length, step, config):
     """The examples of a step, for all ranks together: those that follow in an endless sequence of permutations, a
@@ -120,7 +121,7 @@ def response_loss(model, examples, run):
     for i in range(0, len(examples), batch_size):
         x, y, mask = (t.to(run.device) for t in get_batch(examples[i:i + batch_size]))
         with run.autocast:
-            logits, _ = model(x)
+            logits, _ = model(x, read=mask > 0)
         total, count = total + masked_loss(logits, y, mask, 1).item(), count + mask.sum().item()
     return total / count
 
@@ -211,7 +212,7 @@ if __name__ == "__main__":
             if run.world > 1:  # the ranks exchange gradients once a step
                 trained.require_backward_grad_sync = i == len(micro_batches) - 1
             with run.autocast:
-                logits, _ = trained(x)
+                logits, _ = trained(x, read=mask > 0)  # the head has nothing to say of the others
                 micro_loss = masked_loss(logits, y, mask, total)
                 balance = moe_aux_weight * model.aux_loss() / len(micro_batches) / run.world
             run.scaler.scale((micro_loss + balance) * run.world).backward()  # DDP takes the ranks' mean

@@ -68,9 +68,10 @@ def score_moments(judge, model, tok, rows, max_new_tokens, generator, batch_size
 def log_prob(model, idx, mask):
     """Log-probability, in nats, that a language model gives to the tokens of idx (B, T) where mask is 1, a row's sum
     (B,). Padding is -1, on the right, where no real token sees it."""
-    logits, _ = model(idx.clamp(min=0))
-    logp = -F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), idx[:, 1:].clamp(min=0).flatten(), reduction='none')
-    return (logp.view_as(idx[:, 1:]) * mask[:, 1:]).sum(1)
+    said = mask[:, 1:] > 0
+    logits, _ = model(idx.clamp(min=0), read=F.pad(said, (0, 1)))  # what stands before an answer's tokens tells them
+    logp = -F.cross_entropy(logits.float(), idx[:, 1:][said], reduction='none')
+    return logp.new_zeros(said.shape).masked_scatter(said, logp).sum(1)
 
 def tamper(idx, mask, blank, generator):
     """Pairs (2B, T), first all chosen, and the chosen once more with 40% of their answers' tokens replaced, half by a

@@ -12,7 +12,7 @@ import sft
 from bpe import SPECIAL, Tokenizer
 from configurator import load_checkpoint, read_log
 from conftest import CPU, call, flags, ok, one_line, start, finish
-from data.answers import answer, pad_left, rouge_l, token_f1
+from data.answers import answer, log_prob, pad_left, rouge_l, token_f1
 from model import GPT, GPTConfig
 
 tok = Tokenizer.byte()
@@ -59,6 +59,26 @@ def test_padding_on_the_right_changes_no_loss():
         one_by_one += sft.masked_loss(model(x)[0], y, mask, 1)
     x, y, mask = sft.get_batch(examples)
     assert sft.masked_loss(model(x)[0], y, mask, 1).item() == pytest.approx(one_by_one.item(), rel=1e-5)
+
+
+def test_a_head_that_reads_responses_alone_has_the_same_loss_and_gradients():
+    model = tiny()
+    x, y, mask = sft.get_batch(sft.prepare_examples([chat('a', 'bc'), chat('a much longer', 'question')], tok, 32))
+    found = []
+    for logits in (model(x)[0], model(x, read=mask > 0)[0]):
+        loss = sft.masked_loss(logits, y, mask)
+        found.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    assert logits.shape == (mask.sum(), model.config.vocab_size)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found))
+
+
+def test_the_log_probability_of_answers_is_the_sum_written_out():
+    model, (x, y, mask) = tiny(), sft.get_batch(sft.prepare_examples([chat('a', 'bc'), chat('a longer', 'one')], tok, 32))
+    idx, own = F.pad(x, (0, 1)), F.pad(mask, (1, 0))
+    idx[:, -1] = y[:, -1]
+    logp = model(x)[0].log_softmax(-1)
+    by_hand = [sum(logp[i, t, y[i, t]].item() for t in range(x.size(1)) if mask[i, t]) for i in range(2)]
+    assert log_prob(model, idx, own).tolist() == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_masked_loss_is_the_mean_written_out():
