@@ -185,8 +185,8 @@ def sum_over_ranks(x):
 def diverged(step, out_dir, saved, **numbers):
     """The error to raise for a loss or a gradient that is no number."""
     text = ', '.join(f'{k} {float(v):.4g}' for k, v in numbers.items())
-    return ValueError(f'step {step}: {text}: the run has diverged; lower learning_rate or raise warmup_iters. '
-                      f'What {out_dir} holds is good, of step {saved}')
+    return ValueError(f'step {step}: {text}: the run has diverged; lower learning_rate or raise warmup_iters.' +
+                      f' What {out_dir} holds is good, of step {saved}' * bool(glob.glob(f'{out_dir}/ckpt*.pt')))
 
 def seed_for(seed, *where):
     """A seed, a pure function of (seed, step, ...), so that a resumed run draws what it would have drawn."""
@@ -202,8 +202,7 @@ class StopSignal:
     requested, exit_code = False, 128 + signal.SIGTERM
 
     def __init__(self):
-        signal.signal(signal.SIGTERM, self.handle)
-        signal.signal(signal.SIGINT, self.handle)
+        signal.signal(signal.SIGTERM, self.handle), signal.signal(signal.SIGINT, self.handle)
 
     def handle(self, number, frame):
         self.requested, self.exit_code = True, 128 + number
@@ -215,6 +214,7 @@ class StopSignal:
 
     def leave(self, run, stopping, step, out_dir):
         """The end of the ranks' work together: the first goes on alone, or where a signal ended it says how to go on and ends."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)  # as before
         if run.world > 1:
             torch.distributed.barrier()  # none leaves while another still works
             torch.distributed.destroy_process_group()
@@ -255,13 +255,13 @@ class Logger:
     TensorBoard (tensorboard_log) and wandb (wandb_log); at the end curves.png. A run resumed at `step` drops the
     lines from there on, which it will write again; temporary files of a save that was killed are removed."""
 
-    def __init__(self, out_dir, config, step=0, master=True):
+    def __init__(self, out_dir, config, step=None, master=True):
         self.out_dir, self.board, self.wandb = out_dir, None, None
         if not master:
             self.log = self.final = lambda *ignored: None
             return
-        if not step:
-            set_aside(out_dir)  # nothing saved is ever lost
+        if step is None:
+            step = set_aside(out_dir)  # nothing saved is ever lost
         os.makedirs(out_dir, exist_ok=True)
         for stale in glob.glob('*.tmp', root_dir=out_dir):
             os.remove(os.path.join(out_dir, stale))

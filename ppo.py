@@ -79,7 +79,7 @@ grad_clip = 1.0                    # largest gradient norm; 0 = no clipping
 lr_schedule = 'linear'             # 'cosine' | 'linear' | 'wsd' (warm-up, stable, decay) | 'constant'
 warmup_iters = 5
 attn = 'auto'                      # 'auto' | 'sdpa' | 'manual'
-moe_aux_weight = 0.01              # weight of the load-balancing loss, where the model has experts
+moe_aux_weight = 0.01              # weight of the load-balancing loss, where experts have moe_balance 'aux'
 # machine
 backend = 'nccl'                   # of torch.distributed on GPUs; on CPUs it is gloo
 device = 'auto'                    # 'auto' | 'cpu' | 'cuda' | 'cuda:1' | 'mps'
@@ -228,7 +228,7 @@ if __name__ == "__main__":
     first, kl_coef = checkpoint.get('step', 0), kl_coef if kl_control != 'none' else 0.0
     if checkpoint and all(checkpoint['config'][key] == config[key] for key in ('kl_control', 'kl_coef')):
         kl_coef = checkpoint['kl_coef']  # where it has got to
-    work = batch_size * 64 * (2 + ppo_epochs) * (max_iters - first)  # tokens, about
+    work = batch_size * 64 * (2 + ppo_epochs) * max_iters  # tokens, about
     run = start_run(config, flops=reference.flops_per_token(64) * work)
     for module in (reference, policy, judge_model):
         module is not None and module.to(run.device).eval()
@@ -240,7 +240,7 @@ if __name__ == "__main__":
     for old in checkpoint.get('optimizer', []):  # the moments, under this run's settings
         optimizer.load_state_dict({'state': old['state'], 'param_groups': optimizer.state_dict()['param_groups']})
     trained = parallel(policy, run, dynamic=True, minibatch_size=minibatch_size, prompts=batch_size // group)
-    logger, stop, share = Logger(out_dir, config, first, run.master), StopSignal(), batch_size // run.world
+    logger, stop, share = Logger(out_dir, config, checkpoint.get('step'), run.master), StopSignal(), batch_size // run.world
     prompts = short_prompts(train_rows, tok, policy.gpt.config.block_size, max_new_tokens)
     before = evaluate(reference, tok, val_rows[:8], 1, run, None)[2] if run.master else []
 
@@ -307,7 +307,7 @@ if __name__ == "__main__":
             for rows in order.split(minibatch_size // run.world):
                 if kl_stop and seen and seen[-1][0] > kl_stop:  # the same on all ranks
                     continue
-                found, tokens = 0.0, mask[rows].sum()
+                found, tokens = 0.0, sum_over_ranks(mask[rows].sum()) / run.world
                 for part, T in length_chunks(idx[rows], -(-len(rows) // gradient_accumulation_steps)):
                     part = rows[part]
                     a, m, old, v, r = (x[part, :T - 1] for x in (advantages, mask, old_logp, values, returns))
@@ -317,7 +317,7 @@ if __name__ == "__main__":
                         pg_loss = policy_loss(logp, old, a, m, clip_range)
                         vf_loss = value_loss(new_values[:, :-1], v, r, m, value_clip)
                         total = pg_loss + moe_aux_weight * policy.gpt.aux_loss() + value_coef * (adv == 'gae') * vf_loss
-                    share_of_tokens = m.sum() / tokens                # every token of the minibatch weighs the same
+                    share_of_tokens = m.sum() / tokens                # every token of all ranks' minibatch weighs the same
                     run.scaler.scale(total * share_of_tokens).backward()
                     with torch.no_grad():
                         ratio, v_moved = (logp - old).exp(), (new_values[:, :-1] - v).abs()

@@ -34,6 +34,7 @@ tensorboard_log = False            # log to out_dir/tensorboard
 wandb_log = False                  # log to Weights & Biases, as project nanollm, by the name of the folder
 # data
 dataset = 'wordplay'               # a folder of data/ with pref_train.jsonl and pref_val.jsonl, or the full path of one
+test_split = 'pref_test'           # the final figures are of this file, or where it is not there of pref_val
 max_pairs = 0                      # train on the first so many pairs; 0 = all
 shuffle_labels = False             # toss a coin for every label: what is learned then is a bug
 gradient_accumulation_steps = 2    # micro-batches a step, over all ranks together
@@ -59,7 +60,7 @@ grad_clip = 1.0                    # largest gradient norm; 0 = no clipping
 lr_schedule = 'linear'             # 'cosine' | 'linear' | 'wsd' (warm-up, stable, decay) | 'constant'
 warmup_iters = 20
 attn = 'auto'                      # 'auto' | 'sdpa' | 'manual'
-moe_aux_weight = 0.01              # weight of the load-balancing loss, where the model has experts
+moe_aux_weight = 0.01              # weight of the load-balancing loss, where experts have moe_balance 'aux'
 # machine
 backend = 'nccl'                   # of torch.distributed on GPUs; on CPUs it is gloo
 device = 'auto'                    # 'auto' | 'cpu' | 'cuda' | 'cuda:1' | 'mps'
@@ -158,6 +159,7 @@ if __name__ == "__main__":
         raise ValueError(f'flip_rate must be at least 0 and below 0.5; got {flip_rate}')
     one_of(config, loss=('bt', 'margin', 'bt_margin', 'dpo'), causal=(True,) if loss == 'dpo' else (True, False))
     train_rows, val_rows = (load_examples(dataset, f'pref_{split}', 'preference') for split in ('train', 'val'))
+    test_rows = load_examples(dataset, test_split, 'preference', val_rows)
     if loss == 'bt_margin' and not any('margin' in row for row in train_rows):
         raise ValueError(f"loss='bt_margin' needs pairs with a margin, and those of {dataset} have none; take 'bt'")
     gold, (policy, tok) = load_gold(dataset), load_chat_model(init_from, config)
@@ -167,12 +169,12 @@ if __name__ == "__main__":
         vars(trunk.config).update({'causal': True} if causal else {'causal': False, 'window': 0, 'n_sink': 0})
         torch.manual_seed(seed)
         return (trunk, policy.to(run.device)) if loss == 'dpo' else (RewardModel(trunk).to(run.device), None)
-    train_pairs, val_pairs = (prepare_pairs(rows, tok, policy.config.block_size)
-                              for rows in (train_rows[:max_pairs or None], val_rows))
+    train_pairs, val_pairs, test_pairs = (prepare_pairs(rows, tok, policy.config.block_size)
+                                          for rows in (train_rows[:max_pairs or None], val_rows, test_rows))
     train_pairs = toss_labels(train_pairs) if shuffle_labels else train_pairs
     first, sequences = checkpoint.get('step', 0), gradient_accumulation_steps * batch_size  # pairs a step, of all ranks
     max_iters = config['max_iters'] = max_iters or -(-len(train_pairs) // sequences)
-    n_tokens = 2 * sum(len(pair[0][0]) for pair in train_pairs) / len(train_pairs) * sequences * (max_iters - first)
+    n_tokens = 2 * sum(len(pair[0][0]) for pair in train_pairs) / len(train_pairs) * sequences * max_iters
     run = start_run(config, flops=policy.flops_per_token(policy.config.block_size) * n_tokens)
     model, reference = make()
     model.load_state_dict({**checkpoint.get('model', model.state_dict()), **dict(model.named_buffers(recurse=False))})  # unscaled
@@ -186,7 +188,7 @@ if __name__ == "__main__":
     for o, old in zip(optimizers, checkpoint.get('optimizer', [])):  # the moments, under this run's settings
         o.load_state_dict({'state': old['state'], 'param_groups': o.state_dict()['param_groups']})
     trained = parallel(model, run, dynamic=True, gradient_accumulation_steps=gradient_accumulation_steps)
-    logger, stop = Logger(out_dir, config, first, run.master), StopSignal()
+    logger, stop = Logger(out_dir, config, checkpoint.get('step'), run.master), StopSignal()
     if run.master:
         print(f'{trunk.n_params():,} parameters; {dataset}: {len(train_pairs):,} + {len(val_pairs):,} pairs')
 
@@ -242,7 +244,7 @@ if __name__ == "__main__":
         if not torch.isfinite(found[0] if run.scaler.is_enabled() else grad_norm):
             raise diverged(step, out_dir, saved, loss=found[0], grad_norm=grad_norm)
         for o in optimizers:
-            run.scaler.step(o)
+            torch.isfinite(grad_norm) and run.scaler.step(o)  # float16: all step or none
             o.zero_grad(set_to_none=True)
         run.scaler.update()
 
@@ -254,7 +256,7 @@ if __name__ == "__main__":
 
     # 7. the end: set the score's mean and variance, save, and tell what was learned
     stop.leave(run, stopping, step, out_dir)  # the other ranks end here
-    seconds, figures = time.time() - began, evaluate(model, reference, val_pairs, gold, run)
+    seconds, figures = time.time() - began, evaluate(model, reference, test_pairs, gold, run)
     if loss != 'dpo':
         with run.autocast:
             std, mean = score_moments(model, policy.to(run.device), tok, val_rows[:normalize_prompts], max_new_tokens,

@@ -58,7 +58,7 @@ lr_schedule = 'linear'             # 'cosine' | 'linear' | 'wsd' (warm-up, stabl
 warmup_iters = 20
 dropout = 0.0
 attn = 'auto'                      # 'auto' | 'sdpa' | 'manual'
-moe_aux_weight = 0.01              # weight of the load-balancing loss, where the model has experts
+moe_aux_weight = 0.01              # weight of the load-balancing loss, where experts have moe_balance 'aux'
 # machine
 backend = 'nccl'                   # of torch.distributed on GPUs; on CPUs it is gloo
 device = 'auto'                    # 'auto' | 'cpu' | 'cuda' | 'cuda:1' | 'mps'
@@ -68,21 +68,21 @@ compile = 'auto'                   # 'auto' | True | False: torch.compile
 
 def prepare_examples(rows, tok, block_size):
     """[(ids, mask)] of rows with messages, mask 1 where the loss counts the token: the response and its end, not
-    the prompt. Too long ones are cut on the left, in the prompt, or left out if the response alone is too long,
+    the prompt. Too long ones are cut on the left, or left out if the last response alone is too long,
     and both are said. ValueError if none is left."""
     examples, cut, dropped = [], 0, 0
     for row in rows:
         ids, mask = render_chat(row['messages'], tok)
         if len(ids) > block_size + 1:
             cut += 1
-            ids, mask, whole = ids[-block_size - 1:], mask[-block_size - 1:], mask
-            if sum(mask[1:]) < sum(whole):
+            ids, mask = ids[-block_size - 1:], mask[-block_size - 1:]
+            if all(mask):  # the cut falls into the last response
                 dropped += 1
                 continue
         examples.append((torch.tensor(ids), torch.tensor(mask)))
     if cut:
         print(f'{cut} of {len(rows)} examples are longer than block_size {block_size}: {dropped} of them left out, '
-              f'for their response does not fit; the others cut on the left of the prompt')
+              f'for their response does not fit; the others cut on the left')
     if not examples:
         raise ValueError(f'no response fits in block_size {block_size}')
     return examples
@@ -160,13 +160,13 @@ if __name__ == "__main__":
     first = checkpoint.get('step', 0)
     sequences = gradient_accumulation_steps * batch_size  # a step's, over all ranks
     n_tokens = sum(len(ids) for ids, _ in train_examples) / len(train_examples) * sequences
-    run = start_run(config, flops=model.flops_per_token(model.config.block_size) * n_tokens * (max_iters - first))
+    run = start_run(config, flops=model.flops_per_token(model.config.block_size) * n_tokens * max_iters)
     model.to(run.device)
     optimizers = model.optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), muon_lr)
     for o, old in zip(optimizers, checkpoint.get('optimizer', [])):  # the moments, under this run's settings
         o.load_state_dict({'state': old['state'], 'param_groups': o.state_dict()['param_groups']})
     trained = parallel(model, run, dynamic=True, gradient_accumulation_steps=gradient_accumulation_steps)
-    logger = Logger(f'{out_dir}/eval' if eval_only else out_dir, config, first, run.master)
+    logger = Logger(f'{out_dir}/eval' if eval_only else out_dir, config, checkpoint.get('step'), run.master)
     stop = StopSignal()
     if run.master:
         print(f'{model.n_params():,} parameters; {dataset}: {len(train_examples):,} + {len(val_examples):,} examples; '
@@ -225,7 +225,7 @@ if __name__ == "__main__":
         if not torch.isfinite(loss if run.scaler.is_enabled() else grad_norm):
             raise diverged(step, out_dir, saved, loss=loss, grad_norm=grad_norm)
         for o in optimizers:
-            run.scaler.step(o)
+            torch.isfinite(grad_norm) and run.scaler.step(o)  # float16: all step or none
             o.zero_grad(set_to_none=True)
         run.scaler.update()
 

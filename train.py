@@ -133,24 +133,26 @@ if __name__ == "__main__":
     globals().update(config)
     at_least_one(config, 'eval_interval', 'log_interval', 'batch_size', 'gradient_accumulation_steps')
     train_data, val_data, meta, tok = load_dataset(dataset, block_size, tokenizer, vocab_size)
+    if (name := meta['tokenizer']['name']) in ('byte', 'bpe', 'gpt2'):  # the run's own, should the data be prepared anew
+        config.update(tokenizer=name, vocab_size=tok.vocab_size if name == 'bpe' else 0)
     model, tok = load_model(checkpoint or init_from, config, tok)
     if not checkpoint and init_from != 'scratch':  # its architecture stands
         own = {k: v for k, v in vars(model.config).items() if k in config and k not in ('block_size', 'vocab_size')}
         asked = {k: config[k] for k in configure.given & own.keys()}
         if other := [k for k in asked if getattr(GPTConfig(**vars(model.config) | asked), k) != own[k]]:
-            raise ValueError(f'{other[0]}={config[other[0]]!r}: {init_from} has {own[other[0]]!r}, which cannot change; leave it out')
+            raise ValueError(f'{other[0]}={config[other[0]]!r}: {init_from} has {own[other[0]]!r}; leave it out')
         config.update(own)
     if block_size > model.config.block_size:
         raise ValueError(f'block_size {block_size} is more than the {model.config.block_size} of {init_from}')
     first, best_val_loss = checkpoint.get('step', 0), checkpoint.get('best_val_loss', math.inf)
     sequences = gradient_accumulation_steps * batch_size  # a step's, over all ranks
-    run = start_run(config, flops=model.flops_per_token(block_size) * sequences * block_size * (max_iters - first))
+    run = start_run(config, flops=model.flops_per_token(block_size) * sequences * block_size * max_iters)
     optimizers = model.to(run.device).optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), muon_lr)
     for o, old in zip(optimizers, checkpoint.get('optimizer', [])):  # the moments, under this run's settings
         o.load_state_dict({'state': old['state'], 'param_groups': o.state_dict()['param_groups']})
     steps = f'gradient_accumulation_steps {gradient_accumulation_steps} * batch_size {batch_size} ='
     trained = parallel(model, run, **{steps: sequences})
-    logger = Logger(f'{out_dir}/eval' if eval_only else out_dir, config, first, run.master)
+    logger = Logger(f'{out_dir}/eval' if eval_only else out_dir, config, checkpoint.get('step'), run.master)
     stop = StopSignal()
     bytes_per_token = meta['val_bytes'] / meta['val_tokens']
     if run.master:
@@ -192,7 +194,7 @@ if __name__ == "__main__":
                 best_val_loss, saved = measure, step
                 if run.master:
                     save_checkpoint(out_dir, snapshot(step), 'ckpt_best.pt', final=done)
-                if run.master and not always_save_checkpoint:         # else it is written above
+                if run.master and (done or not always_save_checkpoint):  # else it is written above; a last one knows the best
                     save_checkpoint(out_dir, snapshot(step), final=done)
             if run.master and sample_tokens:
                 ids = model.generate(torch.tensor([tok.encode('\n')], device=run.device), sample_tokens,
@@ -223,7 +225,7 @@ if __name__ == "__main__":
         if not torch.isfinite(loss if run.scaler.is_enabled() else grad_norm):
             raise diverged(step, out_dir, saved, loss=loss, grad_norm=grad_norm)
         for o in optimizers:
-            run.scaler.step(o)
+            torch.isfinite(grad_norm) and run.scaler.step(o)  # float16: all step or none
             o.zero_grad(set_to_none=True)
         run.scaler.update()
         balance = model.balance(moe_bias_rate) if model.config.n_expert else {}

@@ -373,6 +373,16 @@ def test_a_signal_asks_to_stop_and_a_second_ctrl_c_quits_at_once(number, status)
             signal.signal(n, handler)
 
 
+def test_once_the_work_is_done_signals_end_the_process_again(tmp_path):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    stop = StopSignal()
+    assert signal.getsignal(signal.SIGTERM) == stop.handle
+    stop.leave(types.SimpleNamespace(world=1, master=True), False, 3, str(tmp_path))
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == (signal.SIG_DFL, signal.default_int_handler)
+    for number, handler in zip((signal.SIGTERM, signal.SIGINT), before):
+        signal.signal(number, handler)
+
+
 def one_of_two_ranks(rank, file, ready, stopped):
     torch.distributed.init_process_group('gloo', init_method=f'file://{file}', rank=rank, world_size=2)
     stop, run = StopSignal(), types.SimpleNamespace(world=2, device='cpu')
@@ -682,8 +692,9 @@ def test_what_another_run_left_is_moved_aside_and_nothing_else(tmp_path, capsys)
         logger.log(0, {'loss': i})
         save_checkpoint(str(tmp_path), {'step': i, 'model': {}, 'model_args': {}, 'config': {}}, 'ckpt_best.pt' if i else 'ckpt.pt')
         (tmp_path / 'notes.txt').write_text('mine')
-    Logger(str(tmp_path), {}, step=3)  # which goes on
-    assert sorted(os.listdir(tmp_path)) == ['before.1', 'before.2', 'ckpt_best.pt', 'log.jsonl', 'notes.txt']
+    for step in (3, 0):
+        Logger(str(tmp_path), {}, step)  # which goes on
+        assert sorted(os.listdir(tmp_path)) == ['before.1', 'before.2', 'ckpt_best.pt', 'log.jsonl', 'notes.txt']
     for i in range(2):
         before = tmp_path / f'before.{i + 1}'
         assert load_checkpoint(str(before), 'ckpt_best.pt' if i else 'ckpt.pt')['step'] == i

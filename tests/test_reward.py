@@ -262,6 +262,16 @@ def test_scores_have_mean_0_and_variance_1_on_answers_of_the_policy(small_sft, s
     assert abs(mean) < 1e-3 and std.item() == pytest.approx(1, abs=1e-3)
 
 
+def test_the_final_figures_are_of_the_test_pairs_where_there_are_some(letters_data, small_base, tmp_path):
+    shutil.copytree(letters_data, tmp_path / 'data')
+    rows = read_jsonl(letters_data / 'pref_val.jsonl', 'preference')
+    with open(tmp_path / 'data/pref_test.jsonl', 'w', encoding='utf-8') as f:  # the same pairs, turned round
+        f.writelines(json.dumps(row | {'chosen': row['rejected'], 'rejected': row['chosen']}) + '\n' for row in rows)
+    ok(call('reward.py', *flags(FAST, dataset=tmp_path / 'data', init_from=small_base, out_dir=tmp_path / 'run',
+                                learning_rate=0.0, muon_lr=0.0, max_iters=1)))
+    assert final(tmp_path / 'run')['accuracy'] == pytest.approx(1 - read_log(str(tmp_path / 'run'))[0]['accuracy'])
+
+
 @pytest.mark.parametrize('loss', ['bt', 'margin', 'bt_margin'])
 def test_16_pairs_are_learned_by_heart(loss, letters_data, small_base, tmp_path):
     ok(call('reward.py', *flags(FAST, dataset=letters_data, init_from=small_base, out_dir=tmp_path, max_pairs=16, batch_size=16,

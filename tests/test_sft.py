@@ -50,6 +50,13 @@ def test_masking_is_by_position_so_that_a_response_of_the_pad_id_counts():
     assert mask[0].sum() == 3 and y[0][mask[0] > 0].tolist() == [0, 0, end]
 
 
+def test_a_conversation_is_left_out_only_where_its_last_response_does_not_fit():
+    said = lambda n: [*chat('a', 'b' * n)['messages'], *chat('c', 'd' * 5)['messages']]
+    (ids, mask), (cut, counts) = sft.prepare_examples([{'messages': said(n)} for n in (3, 40)], tok, 20)
+    assert sum(mask) == 4 + 6 and len(cut) == 21 and counts.tolist() == [1] * 11 + [0] * 4 + [1] * 6  # a cut first response stays
+    assert [len(sft.prepare_examples([chat('a', 'b' * n), chat('a', 'b')], tok, 20)) for n in (19, 20)] == [2, 1]
+
+
 def test_padding_on_the_right_changes_no_loss():
     model = tiny()
     examples = sft.prepare_examples([chat('a', 'bc'), chat('a much longer', 'question')], tok, 32)
