@@ -19,7 +19,7 @@ def make(out, *args):
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
     out = tmp_path_factory.mktemp('wordplay') / 'a'
-    result = make(out, '--n_sft=40000', '--n_pref=12000', '--n_prompt=4000', '--n_val=800', '--n_test=400')
+    result = make(out, '--n_sft=40000', '--n_pref=12000', '--n_prompt=4000', '--n_val=520', '--n_test=400')
     assert result.returncode == 0, result.stderr
     return {path.stem: lines(path) for path in out.glob('*.jsonl')}
 
@@ -80,8 +80,8 @@ def test_held_out_prompts_are_balanced_right_and_never_twice(made):
     assert made['sft_val'] == made['prompts_val']
     assert [r['prompt'] for r in made['pref_val']] == [r['prompt'] for r in made['prompts_val']]
 
-def test_adding_is_demonstrated_five_times_as_often_and_paired_three_times(made):
-    for name, times in (('sft_train', 5), ('pref_train', 3), ('prompts_train', 1)):
+def test_adding_is_demonstrated_five_times_as_often_and_paired_four_times(made):
+    for name, times in (('sft_train', 5), ('pref_train', 4), ('prompts_train', 1)):
         ops = [r['op'] for r in made[name]]
         assert abs(ops.count('add') / ops.count('sort') - times) < 0.01
 

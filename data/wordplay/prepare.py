@@ -9,7 +9,7 @@ Preferences are two draws of one demonstrator, the better by `gold` chosen, a sh
 A hash of (operation, argument) puts it into train, val (to look at while tuning) or test (not to);
 words longer than any in training are a split of their own. It writes JSON Lines:
     sft_train, sft_val                        prompt, response, op, clean (false: the response is wrong)
-    pref_train, pref_val                      prompt, chosen, rejected, margin, op, clean (false: flipped)
+    pref_train, _val, _test                   prompt, chosen, rejected, margin, op, clean (false: flipped)
     prompts_train, _val, _test, _longer       as sft, with the right response; sft_val is prompts_val
 """
 import hashlib, json, random, re, string, subprocess, sys
@@ -22,14 +22,14 @@ from configurator import configure
 input = ''          # the text whose words are taken; '' = the plays, made first if they are not there
 out = ''            # folder to write to; '' = beside this file
 n_sft = 205_000     # demonstrations
-n_pref = 57_000     # preference pairs
+n_pref = 48_000     # preference pairs
 n_prompt = 20_000   # prompts for reinforcement learning
-n_val = 2_000       # held-out prompts, and held-out pairs, to look at while tuning
+n_val = 2_000       # held-out prompts, and held-out pairs, to look at while tuning; and as many pairs for the final figures
 n_test = 1_000      # held-out prompts for the final figures, and as many on longer words
 noise = 0.35        # share of the demonstrations that are wrong
 flip = 0.10         # share of the preference labels that are turned round
 add_weight = 5      # adding is by far the hardest: how often it is demonstrated for once of any other operation
-pref_add_weight = 3 # the same in pairs
+pref_add_weight = 4 # the same in pairs
 seed = 1337         # all is a pure function of the settings and the words
 # -----------------------------------------------------------------------------
 
@@ -134,7 +134,7 @@ if __name__ == '__main__':
         sys.exit(2)  # it has said why
     splits = all_arguments(plays.read_text(encoding='utf-8'))
     folder.mkdir(parents=True, exist_ok=True)
-    counts = {'sft_train': n_sft, 'sft_val': n_val, 'pref_train': n_pref, 'pref_val': n_val,
+    counts = {'sft_train': n_sft, 'sft_val': n_val, 'pref_train': n_pref, 'pref_val': n_val, 'pref_test': n_val,
               'prompts_train': n_prompt, 'prompts_val': n_val, 'prompts_test': n_test, 'prompts_longer': n_test}
     weights = {'sft_train': add_weight, 'pref_train': pref_add_weight, 'prompts_train': 1}
     for name, n in counts.items():
