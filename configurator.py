@@ -252,8 +252,8 @@ def learning_rate_at(step, config):
 
 class Logger:
     """A run's records, kept by rank 0: one aligned line a step on the screen, log.jsonl, and by their switches
-    TensorBoard (tensorboard_log) and wandb (wandb_log); at the end curves.png. A run resumed at `step` drops the
-    lines from there on, which it will write again; temporary files of a save that was killed are removed."""
+    TensorBoard (tensorboard_log) and wandb (wandb_log); at the end curves.png. A run resumed at `step` (None = a fresh
+    one) drops the lines from there on, which it will write again; what is left of a save that was killed is removed."""
 
     def __init__(self, out_dir, config, step=None, master=True):
         self.out_dir, self.board, self.wandb = out_dir, None, None

@@ -28,7 +28,8 @@ def write_dataset(folder, tokenizer, train, val, **about):
     """
     Encode two iterables of documents, each followed by <|endoftext|> if the tokenizer has it, to train.bin
     and val.bin, beside tokenizer.json and, last, meta.json with the counts and **about: the settings, by which
-    it can be prepared again. A running job keeps the old files it has open. Bytes are counted of the text in UTF-8: <|endoftext|> has none.
+    it can be prepared again. A running job keeps the old files it has open. Bytes are counted of the text in
+    UTF-8: <|endoftext|> has none.
     """
     os.makedirs(folder, exist_ok=True)
     dtype = np.dtype('<u2' if tokenizer.vocab_size <= 65536 else '<u4')

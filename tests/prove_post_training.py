@@ -1,7 +1,7 @@
 """
 The proof of post-training: the whole chain on wordplay, on several seeds, and the table of what it showed on held-out
-prompts that were not looked at while tuning. Runs that have ended are not repeated; a seed takes about 35 minutes of
-two cores, the first one, with all its controls, about 50.
+prompts that were not looked at while tuning. Runs that have ended are not repeated; a seed takes about half an hour of
+two cores, the first one, with all its controls, about 45 minutes.
 
     python tests/prove_post_training.py
     python tests/prove_post_training.py --seeds=1 --out=out/proof
