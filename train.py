@@ -194,7 +194,7 @@ if __name__ == "__main__":
                 best_val_loss, saved = measure, step
                 if run.master:
                     save_checkpoint(out_dir, snapshot(step), 'ckpt_best.pt', final=done)
-                if run.master and (done or not always_save_checkpoint):  # else it is written above; a last one knows the best
+                if run.master and not always_save_checkpoint:         # else it is written above
                     save_checkpoint(out_dir, snapshot(step), final=done)
             if run.master and sample_tokens:
                 ids = model.generate(torch.tensor([tok.encode('\n')], device=run.device), sample_tokens,
