@@ -13,6 +13,7 @@ import regex, tiktoken
 from configurator import configure, replacing
 
 SPECIAL = ('<|endoftext|>', '<|user|>', '<|assistant|>', '<|end|>', '<|pad|>')
+NAMED = ('byte', 'bpe', 'gpt2')  # what get_tokenizer knows by name; all else is a path
 
 # How a text is cut into words; no merge crosses a cut. Ours is 'digits', as in SmolLM: GPT-2's, but every
 # digit is its own word, so that a number is spelt one way wherever it stands, and sums can be learned.
@@ -275,7 +276,7 @@ def render_chat(messages, tokenizer):
 def get_tokenizer(name, text=None, vocab_size=0):
     """'byte'; 'bpe', trained on the text (vocab_size 0: 4096); 'gpt2'; or a tokenizer.json or its folder."""
     path = os.path.join(name, 'tokenizer.json') if os.path.isdir(name) else name
-    if name not in ('byte', 'bpe', 'gpt2') and not os.path.isfile(path):
+    if name not in NAMED and not os.path.isfile(path):
         raise ValueError(f'tokenizer {name!r} is not byte, bpe, gpt2 or the path of a tokenizer.json')
     tokenizer = (Tokenizer.byte() if name == 'byte' else Tokenizer.gpt2() if name == 'gpt2' else
                  Tokenizer.train(text, vocab_size or 4096) if name == 'bpe' else Tokenizer.load(path))
@@ -290,8 +291,7 @@ if __name__ == '__main__':
     out = 'tokenizer.json'  # the file to write
     # --------------------------------------------------------------------------------
     configure(globals())
-    with open(input, encoding='utf-8', newline='') as file:
-        text = file.read()
+    text = open(input, encoding='utf-8', newline='').read()
     started = time.time()
     tokenizer = Tokenizer.train(text, vocab_size, pattern)
     seconds, n_tokens, n_bytes = time.time() - started, len(tokenizer.encode(text)), len(text.encode())

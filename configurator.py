@@ -261,16 +261,16 @@ class Logger:
             self.log = self.final = lambda *ignored: None
             return
         if step is None:
-            step = set_aside(out_dir)  # nothing saved is ever lost
+            set_aside(out_dir)  # nothing saved is ever lost
         os.makedirs(out_dir, exist_ok=True)
         for stale in glob.glob('*.tmp', root_dir=out_dir):
             os.remove(os.path.join(out_dir, stale))
-        kept = [r for r in read_log(out_dir) if r.get('step', step) < step]
+        kept = [r for r in read_log(out_dir) if step and r.get('step', step) < step]
         with replacing(os.path.join(out_dir, 'log.jsonl')) as f:
             f.writelines(json.dumps(r).encode() + b'\n' for r in kept)
         if config.get('tensorboard_log'):
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(os.path.join(out_dir, 'tensorboard'), purge_step=step)
+            self.board = SummaryWriter(os.path.join(out_dir, 'tensorboard'), purge_step=step or 0)
         if config.get('wandb_log'):
             import wandb
             project, name = config.get('wandb_project', 'nanollm'), config.get('wandb_run_name', os.path.basename(out_dir))

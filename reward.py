@@ -169,8 +169,8 @@ if __name__ == "__main__":
         vars(trunk.config).update({'causal': True} if causal else {'causal': False, 'window': 0, 'n_sink': 0})
         torch.manual_seed(seed)
         return (trunk, policy.to(run.device)) if loss == 'dpo' else (RewardModel(trunk).to(run.device), None)
-    train_pairs, val_pairs, test_pairs = (prepare_pairs(rows, tok, policy.config.block_size)
-                                          for rows in (train_rows[:max_pairs or None], val_rows, test_rows))
+    train_pairs, val_pairs = (prepare_pairs(rows, tok, policy.config.block_size)
+                              for rows in (train_rows[:max_pairs or None], val_rows))
     train_pairs = toss_labels(train_pairs) if shuffle_labels else train_pairs
     first, sequences = checkpoint.get('step', 0), gradient_accumulation_steps * batch_size  # pairs a step, of all ranks
     max_iters = config['max_iters'] = max_iters or -(-len(train_pairs) // sequences)
@@ -256,7 +256,8 @@ if __name__ == "__main__":
 
     # 7. the end: set the score's mean and variance, save, and tell what was learned
     stop.leave(run, stopping, step, out_dir)  # the other ranks end here
-    seconds, figures = time.time() - began, evaluate(model, reference, test_pairs, gold, run)
+    seconds, test_pairs = time.time() - began, prepare_pairs(test_rows, tok, policy.config.block_size)
+    figures = evaluate(model, reference, test_pairs, gold, run)
     if loss != 'dpo':
         with run.autocast:
             std, mean = score_moments(model, policy.to(run.device), tok, val_rows[:normalize_prompts], max_new_tokens,

@@ -14,7 +14,7 @@ import math, time
 from dataclasses import asdict
 import numpy as np
 import torch
-from bpe import printable
+from bpe import NAMED, printable
 from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, parallel,
                           peak_memory_mb, resume, rng, save_checkpoint, seed_for, start_run, sum_over_ranks)
 from data.dataset import load_dataset
@@ -133,7 +133,7 @@ if __name__ == "__main__":
     globals().update(config)
     at_least_one(config, 'eval_interval', 'log_interval', 'batch_size', 'gradient_accumulation_steps')
     train_data, val_data, meta, tok = load_dataset(dataset, block_size, tokenizer, vocab_size)
-    if (name := meta['tokenizer']['name']) in ('byte', 'bpe', 'gpt2'):  # the run's own, should the data be prepared anew
+    if (name := meta['tokenizer']['name']) in NAMED:  # the run's own, should the data be prepared anew
         config.update(tokenizer=name, vocab_size=tok.vocab_size if name == 'bpe' else 0)
     model, tok = load_model(checkpoint or init_from, config, tok)
     if not checkpoint and init_from != 'scratch':  # its architecture stands

@@ -41,8 +41,7 @@ def save_checkpoint(out_dir, checkpoint, name='ckpt.pt', final=True):
         print('warning:', text)
 
 def set_aside(out_dir):
-    """Move what another run left in a folder to before.1 in it, or to the next number that is free, and say so. Returns 0,
-    the step at which a run begins."""
+    """Move what another run left in a folder to before.1 in it, or to the next number that is free, and say so."""
     names = [name for name in ('log.jsonl', 'curves.png', 'tensorboard', 'ckpt_prev.pt', 'ckpt_best.pt', 'ckpt.pt')
              if os.path.exists(os.path.join(out_dir, name))]
     if names and names[-1].startswith('ckpt'):
@@ -51,7 +50,6 @@ def set_aside(out_dir):
         for name in names:
             os.rename(os.path.join(out_dir, name), os.path.join(other, name))
         print(f'{out_dir} held another run, which is in {other} now')
-    return 0
 
 def load_checkpoint(path, name='ckpt.pt'):
     """The checkpoint at a path or in a run's folder, on the CPU; its checksums are verified. Where a folder's

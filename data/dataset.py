@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from urllib.request import urlopen
 import numpy as np
 import torch
-from bpe import SPECIAL, Tokenizer, check_texts, get_tokenizer, render_chat
+from bpe import NAMED, SPECIAL, Tokenizer, check_texts, get_tokenizer, render_chat
 from configurator import replacing, rng
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -77,7 +77,7 @@ def load_dataset(dataset, block_size, tokenizer='', vocab_size=0):
     script, meta_file = os.path.join(folder, 'prepare.py'), os.path.join(folder, 'meta.json')
     asked = {key: value for key, value in (('tokenizer', tokenizer), ('vocab_size', vocab_size)) if value}
     wanted = {'name' if key == 'tokenizer' else key: value for key, value in asked.items()}
-    if tokenizer not in ('', 'byte', 'bpe', 'gpt2'):
+    if tokenizer and tokenizer not in NAMED:
         wanted['fingerprint'] = get_tokenizer(tokenizer).fingerprint
 
     def read_meta():

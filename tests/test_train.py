@@ -536,8 +536,8 @@ def test_a_dataset_is_prepared_when_it_is_not_there_and_again_for_another_tokeni
         prepared.clear()
         said = run_of(tmp_path / 'run', unprepared, max_iters=0, **asked)
         assert prepared == [flags(settings | asked)] * again and ('preparing' in said) == again
-        settings = json.loads((unprepared / 'meta.json').read_text())['settings']  # by which it is prepared again
-        has = json.loads((unprepared / 'meta.json').read_text())['tokenizer']
+        meta = json.loads((unprepared / 'meta.json').read_text())
+        settings, has = meta['settings'], meta['tokenizer']  # it is prepared again by the former
         assert has['name'] == asked.get('tokenizer', has['name'])
         best = load_checkpoint(str(tmp_path / 'run' / 'ckpt_best.pt'))
         assert best['model_args']['vocab_size'] == has['vocab_size'] == asked.get('vocab_size', has['vocab_size'])
