@@ -10,13 +10,13 @@ Train a language model on a dataset of tokens, from scratch or from any checkpoi
 The dataset is prepared first if it is not there yet. Every random choice is a function of (seed, step):
 a run that was resumed, on as many ranks as you like, sees the batches of one that never stopped.
 """
-import math, time
+import math, os, time
 from dataclasses import asdict
 import numpy as np
 import torch
 from bpe import NAMED, printable
-from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, parallel,
-                          peak_memory_mb, resume, rng, save_checkpoint, seed_for, start_run, sum_over_ranks)
+from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, load_checkpoint,
+                          parallel, peak_memory_mb, resume, rng, save_checkpoint, seed_for, start_run, sum_over_ranks)
 from data.dataset import load_dataset
 from data.pretrained import load_model
 from model import GPTConfig
@@ -145,6 +145,8 @@ if __name__ == "__main__":
     if block_size > model.config.block_size:
         raise ValueError(f'block_size {block_size} is more than the {model.config.block_size} of {init_from}')
     first, best_val_loss = checkpoint.get('step', 0), checkpoint.get('best_val_loss', math.inf)
+    if checkpoint and os.path.exists(f'{out_dir}/ckpt_best.pt'):  # it may be of the evaluation right after the last save
+        best_val_loss = min(best_val_loss, load_checkpoint(out_dir, 'ckpt_best.pt').get('best_val_loss', math.inf))
     sequences = gradient_accumulation_steps * batch_size  # a step's, over all ranks
     run = start_run(config, flops=model.flops_per_token(block_size) * sequences * block_size * max_iters)
     optimizers = model.to(run.device).optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), muon_lr)

@@ -254,6 +254,15 @@ def test_where_only_better_ones_are_saved_ckpt_is_the_best(dataset, tmp_path):
         assert {f: load_checkpoint(str(tmp_path / name / f))['step'] for f in saved} == expected
 
 
+def test_a_worse_model_of_a_run_that_goes_on_does_not_replace_the_best(dataset, tmp_path):
+    run_of(tmp_path, dataset, max_iters=5, eval_interval=3)  # ends with a better model than that of step 3, after the last save
+    best = load_checkpoint(str(tmp_path / 'ckpt_best.pt'))
+    assert best['step'] == 5 and best['best_val_loss'] < load_checkpoint(str(tmp_path))['best_val_loss']
+    run_of(tmp_path, dataset, {'out_dir': tmp_path}, init_from='resume', max_iters=6, learning_rate=3.0, warmup_iters=0)
+    assert best['best_val_loss'] < read_log(str(tmp_path))[-1]['final']['val_loss']
+    assert load_checkpoint(str(tmp_path / 'ckpt_best.pt'))['step'] == 5
+
+
 def test_the_best_is_chosen_by_one_measure_though_the_last_figure_is_of_the_whole_set(dataset, tmp_path):
     run_of(tmp_path, dataset, optimizer='adamw', max_iters=4, eval_interval=2, eval_iters=1)
     best, val_data = load_checkpoint(str(tmp_path / 'ckpt_best.pt')), load_dataset(str(dataset), 32)[1]
