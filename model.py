@@ -303,8 +303,8 @@ class MoE(nn.Module):
         return self.__dict__ | {'aux': None, 'z': None}
 
     def forward(self, x, real=None):
-        """(B, T, C) -> (B, T, C). Padding, where real (B, T) is False, counts in no loss and no statistic."""
-        tokens, E = x.flatten(0, 1), len(self.experts)                # (N, C)
+        """(..., C) -> (..., C). Padding, where real (...) is False, counts in no loss and no statistic."""
+        tokens, E = x.flatten(0, -2), len(self.experts)               # (N, C)
         logits = self.router(tokens).float()                          # (N, E)
         probs = logits.softmax(dim=-1)
         # the bias has a say in who is chosen, none in how much the chosen count (arXiv 2408.15664)
@@ -335,9 +335,9 @@ class Block(nn.Module):
         self.ln_2 = NORM[config.norm](config.n_embd, config)
         self.mlp = MoE(config) if sparse else FFN[config.mlp](config)
 
-    def forward(self, x, shared, cache=None):
-        x = x + self.attn(self.ln_1(x), shared, cache)
-        return x + self.mlp(self.ln_2(x), shared.real)
+    def forward(self, x, shared, cache=None, read=...):
+        x = (x + self.attn(self.ln_1(x), shared, cache))[read]
+        return x + self.mlp(self.ln_2(x), None if shared.real is None else shared.real[read])
 
 # -----------------------------------------------------------------------------
 # The model
@@ -410,8 +410,9 @@ class GPT(nn.Module):
         is_sink = (k_pos < c.n_sink)[:, None, :, None] if slides else None
         return pos, Shared(rope, sink_rope, is_sink, mask, local, fused, real)
 
-    def hidden(self, idx, cache=None, pos=None):
-        """The trunk: idx (B, T) -> hidden states (B, T, C) after the final norm, which heads read.
+    def hidden(self, idx, cache=None, pos=None, read=...):
+        """The trunk: idx (B, T) -> hidden states (B, T, C) after the final norm, for heads to read; or (N, C) at the N tokens
+        that `read` says, an index of (B, T) like mask.nonzero(as_tuple=True), which spares the others the last MLP.
 
         pos (B, T), where given, is each token's position, -1 = padding, which nobody sees. Without it
         tokens stand at 0..T-1, or go on from the cache. Up to block_size positions are absolute; past it
@@ -427,13 +428,13 @@ class GPT(nn.Module):
             x = x * c.n_embd ** 0.5 + sinusoidal(pos, c.n_embd).to(x.dtype)
         x = self.drop(x)
         for block in self.h:
-            x = block(x, shared, cache)
+            x = block(x, shared, cache, read if block is self.h[-1] else ...)
         return self.ln_f(x)
 
     def forward(self, idx, targets=None, cache=None, read=...):
-        """idx (B, T), targets (B, T) or None -> logits (B, T, V) at every position, or (N, V) where read (B, T) is True,
-        and the mean cross-entropy in nats a token over the targets that are not -1 (None without targets)."""
-        logits = self.lm_head(self.hidden(idx, cache)[read])
+        """idx (B, T), targets (B, T) or None -> logits (B, T, V) at every position, or (N, V) where read says (see
+        hidden), and the mean cross-entropy in nats a token over the targets that are not -1 (None without targets)."""
+        logits = self.lm_head(self.hidden(idx, cache, read=read))
         return logits, None if targets is None else F.cross_entropy(
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
@@ -530,16 +531,15 @@ class GPT(nn.Module):
                 if c.pos == 'learned' and idx.size(1) > c.block_size:  # no streaming: the last block, anew
                     idx = fresh = idx[:, -c.block_size:]
                     cache = None
-                if cache is None:
-                    fresh = idx
+                fresh = idx if cache is None else fresh
                 for chunk in fresh.split(c.block_size if cache is not None else fresh.size(1), dim=1):
                     pos = None
                     if ragged:
                         real = chunk >= 0
                         start = 0 if cache is None else cache.length[:, None]
                         pos = torch.where(real, start + real.cumsum(1) - 1, -1)
-                    h = self.hidden(chunk, cache, pos)
-                logits = self.lm_head(h[:, -1]).float()
+                    h = self.hidden(chunk, cache, pos, read=(slice(None), -1))  # (B, C)
+                logits = self.lm_head(h).float()
                 fresh = logits.argmax(-1, keepdim=True) if temperature == 0 else torch.multinomial(
                     sampling_probs(logits, temperature, top_k, top_p), 1, generator=generator)
                 fresh = fresh.masked_fill(ended[:, None], -1)
@@ -586,11 +586,10 @@ class ScalarHead(nn.Module):
         """h (..., C) -> a value for each (...)."""
         return self.proj(h).squeeze(-1)
 
-    def score(self, h, real, causal):
-        """One score a row (B,), read at the last token where real (B, T) is True; of an encoder, from the mean of these."""
-        last = (real * torch.arange(real.size(1), device=h.device)).argmax(1)
-        weight = F.one_hot(last, real.size(1)) if causal else real / real.sum(1, keepdim=True)
-        return self((h * weight[..., None].to(h.dtype)).sum(1))
+    def score(self, h, read):
+        """One score a row (B,): the mean over the tokens where read (B, T) is True, whose hidden states are h (N, C)."""
+        values = self(h)
+        return values.new_zeros(read.shape).masked_scatter(read, values).sum(1) / read.sum(1)
 
 class RewardModel(nn.Module):
     """A trunk and a ScalarHead: the score of a whole conversation (arXiv 2203.02155, section 3.5). `shift` and
@@ -603,15 +602,16 @@ class RewardModel(nn.Module):
         self.register_buffer('scale', torch.ones(()))
 
     def forward(self, idx, mask=None, targets=None):
-        """idx (B, T), -1 = padding, on any side; mask (B, T), 1 on the answer, whose mean an encoder reads (None = of all)
-        -> scores (B,). With targets (n, T), the last n rows get no score; the trunk's own head predicts what belongs
-        there: (scores (B - n,), mean cross-entropy in nats over the targets that are not -1)."""
+        """idx (B, T), -1 = padding, on any side; mask (B, T), 1 on the answer (None = on all), of which an encoder reads the
+        mean, a decoder the last token -> scores (B,). With targets (B, T) also the mean cross-entropy, in nats, of what the
+        trunk's own head makes of the answers' tokens, over the targets that are not -1."""
         real = idx >= 0
-        h = self.trunk.hidden(idx, pos=torch.where(real, real.cumsum(1) - 1, -1))
         read = real if mask is None else real & (mask > 0)
-        scores = (self.head.score(h, read, self.trunk.config.causal) - self.shift) * self.scale
-        return scores if targets is None else (scores[:-len(targets)], F.cross_entropy(
-            self.trunk.lm_head(h[-len(targets):][targets >= 0]).float(), targets[targets >= 0]))
+        read = read & (read.cumsum(1) == read.sum(1, keepdim=True)) if self.trunk.config.causal else read
+        h = self.trunk.hidden(idx, pos=torch.where(real, real.cumsum(1) - 1, -1), read=read.nonzero(as_tuple=True))
+        scores = (self.head.score(h, read) - self.shift) * self.scale
+        return scores if targets is None else (scores, F.cross_entropy(
+            self.trunk.lm_head(h[targets[read] >= 0]).float(), targets[targets >= 0]))
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, for the 2-D weights of hidden layers (Jordan et al. 2024,

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 from bpe import printable
 from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, one_of, parallel,
-                          peak_memory_mb, resume, rng, save_checkpoint, seed_for, start_run, sum_over_ranks)
+                          peak_memory_mb, resume, rng, save_checkpoint, start_run, sum_over_ranks)
 from data.answers import answer, best_of, exact_match, length_chunks, pad_left, prompt_ids, short_prompts
 from data.dataset import endless_order, load_examples, load_gold
 from data.pretrained import load_chat_model, load_reward_model
@@ -39,7 +39,7 @@ wandb_log = False                  # log to Weights & Biases, as project nanollm
 dataset = 'wordplay'               # a folder of data/ with prompts_train.jsonl and prompts_val.jsonl, or the full path
 test_split = 'prompts_test'        # the final figures are of this file, or where it is not there of prompts_val
 test_prompts = 1000                # this many of its prompts are answered
-test_draws = 10                    # sampled answers to each
+test_draws = 4                     # sampled answers to each
 # rollout
 batch_size = 256                   # answers an iteration, over all ranks together
 minibatch_size = 64                # answers an update, over all ranks together
@@ -96,10 +96,11 @@ class Policy(nn.Module):
         if separate_critic:
             self.critic.lm_head.requires_grad_(gpt.config.tie_weights)
 
-    def forward(self, idx):
-        """idx (B, T), -1 = padding on the right -> logits (B, T, V) of the next token, values (B, T) of what was read."""
-        h = self.gpt.hidden(idx.clamp(min=0))  # a causal model's real tokens see no padding that stands on the right
-        values = self.value_head(h if self.critic is None else self.critic.hidden(idx.clamp(min=0)))
+    def forward(self, idx, read=...):
+        """idx (B, T), -1 = padding on the right -> logits (B, T, V) of the next token, values (B, T); `read` as in GPT.hidden."""
+        idx = idx.clamp(min=0)  # a causal model's real tokens see no padding that stands on the right
+        h = self.gpt.hidden(idx, read=read)
+        values = self.value_head(h if self.critic is None else self.critic.hidden(idx, read=read))
         return self.gpt.lm_head(h).float() / temperature, values.float()
 
 # ----- The parts of the objective. Tensors are (B, T): a row an answer with its prompt, a column a predicted token;
@@ -166,11 +167,12 @@ def measure(policy, reference, idx, mask, batch):
     log-probabilities of the tokens by both, values, the entropy, and the exact KL over the vocabulary, nats a token."""
     found = torch.zeros(5, *idx[:, 1:].shape, device=idx.device)
     for rows, T in length_chunks(idx, batch):
-        (logits, values), (before, _) = policy(idx[rows, :T]), reference(idx[rows, :T].clamp(min=0))
-        logp, ref = logits[:, :-1].log_softmax(-1), (before[:, :-1].float() / temperature).log_softmax(-1)
-        both = (x.gather(-1, idx[rows, 1:T].clamp(min=0)[..., None])[..., 0] for x in (logp, ref))
+        row, t = mask[rows, 1:T].nonzero(as_tuple=True)                # what stands at t tells the token after it
+        (logits, values), (before, _) = policy(idx[rows, :T], (row, t)), reference(idx[rows, :T].clamp(min=0), read=(row, t))
+        logp, ref = logits.log_softmax(-1), (before.float() / temperature).log_softmax(-1)
+        both = (x.gather(-1, idx[rows[row], t + 1][:, None])[:, 0] for x in (logp, ref))
         entropy, kl = -(logp.exp() * logp).sum(-1), (logp.exp() * (logp - ref)).sum(-1)
-        found[:, rows, :T - 1] = torch.stack((*both, values[:, :-1], entropy, kl)) * mask[rows, 1:T]
+        found[:, rows[row], t] = torch.stack((*both, values, entropy, kl))
     return found
 
 def shape(score, ended, length):
@@ -223,8 +225,7 @@ if __name__ == "__main__":
     if reward == 'gold' and gold_of is None:
         raise ValueError(f"reward='gold': data/{dataset}/prepare.py has no function gold; take reward='model'")
     policy = Policy(copy.deepcopy(reference), separate_critic)
-    if checkpoint:
-        policy.load_state_dict(checkpoint['policy'])
+    policy.load_state_dict(checkpoint.get('policy', policy.state_dict()))
     first, kl_coef = checkpoint.get('step', 0), kl_coef if kl_control != 'none' else 0.0
     if checkpoint and all(checkpoint['config'][key] == config[key] for key in ('kl_control', 'kl_coef')):
         kl_coef = checkpoint['kl_coef']  # where it has got to
@@ -274,7 +275,6 @@ if __name__ == "__main__":
 
         # 4. sample: the answers of this rank to its prompts, those of a group side by side
         start = time.time()
-        torch.manual_seed(seed_for(seed, step, run.rank))
         asked = endless_order(len(prompts), step * batch_size // group, batch_size // group, seed)
         asked = [i for i in asked for _ in range(group)][run.rank * share:(run.rank + 1) * share]
         with run.autocast:
@@ -309,18 +309,18 @@ if __name__ == "__main__":
                     continue
                 found, tokens = 0.0, sum_over_ranks(mask[rows].sum()) / run.world
                 for part, T in length_chunks(idx[rows], -(-len(rows) // gradient_accumulation_steps)):
-                    part = rows[part]
-                    a, m, old, v, r = (x[part, :T - 1] for x in (advantages, mask, old_logp, values, returns))
+                    row, t = mask[part := rows[part], :T - 1].nonzero(as_tuple=True)
+                    a, m, old, v, r = (x[part[row], t] for x in (advantages, mask, old_logp, values, returns))
                     with run.autocast:
-                        logits, new_values = trained(idx[part, :T])
-                        logp = logits[:, :-1].log_softmax(-1).gather(-1, idx[part, 1:T].clamp(min=0)[..., None])[..., 0]
+                        logits, new_values = trained(idx[part, :T], (row, t))
+                        logp = logits.log_softmax(-1).gather(-1, idx[part[row], t + 1][:, None])[:, 0]
                         pg_loss = policy_loss(logp, old, a, m, clip_range)
-                        vf_loss = value_loss(new_values[:, :-1], v, r, m, value_clip)
+                        vf_loss = value_loss(new_values, v, r, m, value_clip)
                         total = pg_loss + moe_aux_weight * policy.gpt.aux_loss() + value_coef * (adv == 'gae') * vf_loss
                     share_of_tokens = m.sum() / tokens                # every token of all ranks' minibatch weighs the same
                     run.scaler.scale(total * share_of_tokens).backward()
                     with torch.no_grad():
-                        ratio, v_moved = (logp - old).exp(), (new_values[:, :-1] - v).abs()
+                        ratio, v_moved = (logp - old).exp(), (new_values - v).abs()
                         told = ((logp - old).square() / 2, ratio, (ratio - 1).abs() > clip_range, v_moved > value_clip)
                         found += torch.stack([*(masked_mean(x, m) for x in told), pg_loss, vf_loss]) * share_of_tokens
                 run.scaler.unscale_(optimizer)

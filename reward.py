@@ -230,7 +230,7 @@ if __name__ == "__main__":
                     scores, restored = trained(*tamper(idx, mask, tok.special['<|pad|>'], noise))
                 else:
                     scores, restored = score(trained, reference, idx, mask), torch.zeros((), device=run.device)
-                a, b = scores.float().chunk(2)
+                a, b, *_ = scores.float().split(len(pairs))
                 micro_loss = pairwise_loss(a, b, 'bt' if loss == 'dpo' else loss, margin * margins if loss == 'bt_margin'
                                            else margin, flip_rate) + center_weight * (a + b).square().mean()
             total = (micro_loss + denoise_weight * restored + moe_aux_weight * trunk.aux_loss()) / len(micro_batches)

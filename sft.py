@@ -38,7 +38,7 @@ wandb_log = False                  # log to Weights & Biases, as project nanollm
 dataset = 'wordplay'               # a folder of data/ with sft_train.jsonl and sft_val.jsonl, or the full path of one
 test_split = 'prompts_test'        # the final figures are of this file, or where it is not there of sft_val
 test_prompts = 1000                # this many of its prompts are answered
-test_draws = 10                    # sampled answers to each, at temperature 1
+test_draws = 4                     # sampled answers to each, at temperature 1
 max_new_tokens = 64                # of an answer, in evaluations
 gradient_accumulation_steps = 2    # micro-batches a step, over all ranks together
 batch_size = 64                    # examples in a micro-batch
@@ -121,7 +121,7 @@ def response_loss(model, examples, run):
     for i in range(0, len(examples), batch_size):
         x, y, mask = (t.to(run.device) for t in get_batch(examples[i:i + batch_size]))
         with run.autocast:
-            logits, _ = model(x, read=mask > 0)
+            logits, _ = model(x, read=mask.nonzero(as_tuple=True))
         total, count = total + masked_loss(logits, y, mask, 1).item(), count + mask.sum().item()
     return total / count
 
@@ -212,7 +212,7 @@ if __name__ == "__main__":
             if run.world > 1:  # the ranks exchange gradients once a step
                 trained.require_backward_grad_sync = i == len(micro_batches) - 1
             with run.autocast:
-                logits, _ = trained(x, read=mask > 0)  # the head has nothing to say of the others
+                logits, _ = trained(x, read=mask.nonzero(as_tuple=True))  # nobody asks what follows the others
                 micro_loss = masked_loss(logits, y, mask, total)
                 balance = moe_aux_weight * model.aux_loss() / len(micro_batches) / run.world
             run.scaler.scale((micro_loss + balance) * run.world).backward()  # DDP takes the ranks' mean

@@ -68,23 +68,24 @@ def score_moments(judge, model, tok, rows, max_new_tokens, generator, batch_size
 def log_prob(model, idx, mask):
     """Log-probability, in nats, that a language model gives to the tokens of idx (B, T) where mask is 1, a row's sum
     (B,). Padding is -1, on the right, where no real token sees it."""
-    said = mask[:, 1:] > 0
-    logits, _ = model(idx.clamp(min=0), read=F.pad(said, (0, 1)))  # what stands before an answer's tokens tells them
+    said = mask[:, 1:] > 0                                            # told by what stands before
+    logits, _ = model(idx.clamp(min=0), read=F.pad(said, (0, 1)).nonzero(as_tuple=True))
     logp = -F.cross_entropy(logits.float(), idx[:, 1:][said], reduction='none')
     return logp.new_zeros(said.shape).masked_scatter(said, logp).sum(1)
 
 def tamper(idx, mask, blank, generator):
     """Pairs (2B, T), first all chosen, and the chosen once more with 40% of their answers' tokens replaced, half by a
-    blank, half by others of these answers: (idx (3B, T), mask of the same shape, 1 on answers, targets (B, T), what
-    stood where a token was replaced, -1 elsewhere). To restore an answer, an encoder must see what is wrong with it, from
-    both sides (BERT, arXiv 1810.04805); a trunk that learned to look back alone needs the practice (2404.05961)."""
+    blank, half by others of these answers: idx, mask, 1 on answers, and targets, what stood where a token was replaced, -1
+    elsewhere, all (3B, T). To restore an answer, an encoder must see what is wrong with it, from both sides (BERT, arXiv
+    1810.04805); a trunk that learned to look back alone needs the practice (2404.05961)."""
     chosen, own = idx.chunk(2)[0], mask.chunk(2)[0]
     hit, blanked = ((own > 0) & (torch.rand(own.shape, generator=generator, device=own.device) < p) for p in (0.4, 0.5))
     hit = hit | (own > 0) & ~hit.any()  # where chance spared all none is spared: a mean over nothing is NaN
     others = chosen[own > 0]
     others = others[torch.randint(len(others), own.shape, generator=generator, device=own.device)]
     noisy = torch.where(hit, others.masked_fill(blanked, blank), chosen)
-    return torch.cat((idx, noisy)), torch.cat((mask, own)), chosen.masked_fill(~hit, -1)
+    targets = torch.cat((torch.full_like(idx, -1), chosen.masked_fill(~hit, -1)))
+    return torch.cat((idx, noisy)), torch.cat((mask, own)), targets
 
 def exact_match(said, gold):
     """The share of texts that are the gold ones; nan where one of these is None, not known."""

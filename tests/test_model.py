@@ -726,7 +726,21 @@ def test_padding_changes_no_hidden_state_and_no_score(flags, attn):
         idx, pos = with_padding(ids, left, right)
         h = model.hidden(idx, pos=pos)
         assert h.isfinite().all() and close(h[0, left:left + 7], alone[0])
-        assert abs(head.score(h, pos >= 0, model.config.causal).item() - expected) < 1e-3
+        read = pos == 6 if model.config.causal else pos >= 0
+        assert abs(head.score(h[read], read).item() - expected) < 1e-3
+
+
+@pytest.mark.parametrize('flags', [dict(), dict(GPT2), dict(causal=False), dict(n_expert=3), dict(window=4, n_sink=1)], ids=str)
+def test_tokens_that_are_read_alone_have_the_hidden_states_and_gradients_they_have_among_all(flags):
+    model = small_gpt(n_layer=2, **flags)
+    pos = torch.tensor([[-1, -1, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, -1, -1]])
+    idx, read = torch.where(pos < 0, -1, some_ids(2, 8)), (pos == 1) | (pos >= 4)
+    for where in (read.nonzero(as_tuple=True), read, (slice(None), 5)):
+        few, among = model.hidden(idx, pos=pos, read=where), model.hidden(idx, pos=pos)[where]
+        assert few.shape == among.shape and close(few, among)
+        few, among = (torch.autograd.grad(h.square().sum(), [*model.parameters()], allow_unused=True) for h in (few, among))
+        assert all(close(a, b, 1e-4) for a, b in zip(few, among) if b is not None)
+    assert close(model(idx.clamp(min=0), read=where)[0], model(idx.clamp(min=0))[0][:, 5])
 
 
 def test_a_scalar_head_reads_each_token_and_starts_at_zero():

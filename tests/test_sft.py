@@ -72,7 +72,7 @@ def test_a_head_that_reads_responses_alone_has_the_same_loss_and_gradients():
     model = tiny()
     x, y, mask = sft.get_batch(sft.prepare_examples([chat('a', 'bc'), chat('a much longer', 'question')], tok, 32))
     found = []
-    for logits in (model(x)[0], model(x, read=mask > 0)[0]):
+    for logits in (model(x)[0], model(x, read=mask.nonzero(as_tuple=True))[0]):
         loss = sft.masked_loss(logits, y, mask)
         found.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
     assert logits.shape == (mask.sum(), model.config.vocab_size)
