@@ -35,7 +35,7 @@ batch_size = 32           # prompts answered at a time
 use_cache = True          # False = compute every token's keys and values again, to see what the cache saves
 device = 'auto'           # 'auto' | 'cpu' | 'cuda' | 'cuda:1' | 'mps'
 dtype = 'auto'            # 'auto' | 'float32' | 'bfloat16' | 'float16'
-compile = False           # no effect yet; here so that nanoGPT's command lines run
+compile = False           # no effect; here so that nanoGPT's command lines run
 # -----------------------------------------------------------------------------
 
 def fit(ids, model, room):

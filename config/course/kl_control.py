@@ -12,4 +12,3 @@
 max_iters = 40
 eval_interval = 20
 test_prompts = 500
-test_draws = 4

@@ -12,4 +12,4 @@ batch_size = 32                  # of like length: a tenth less padding than two
 gradient_accumulation_steps = 4
 compile = True                   # saves a fifth of a step, where there is a C++ compiler
 learning_rate = 6e-3
-muon_lr = 0.04
+muon_lr = 0.05
