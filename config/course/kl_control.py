@@ -5,8 +5,8 @@
 #   --metrics=objective/kl_exact,objective/score,objective/gold,objective/kl_coef
 #
 # Needs out/sft and out/reward, of config/wordplay/sft.py and reward.py.
-# Result: right by sampling 0.651 before, then 0.918 at 0.306 nats an answer with the fixed weight, 0.918 at 0.308 with the steered
-# one (which fell from 0.10 to 0.07, for 0.4 nats were never reached), 0.922 at 0.315 with none: no difference. With so good a
+# Result: right by sampling 0.650 before, then 0.920 at 0.313 nats an answer with the fixed weight, 0.920 at 0.315 with the steered
+# one (which fell from 0.10 to 0.07, for 0.4 nats were never reached), 0.925 at 0.321 with none: no difference. With so good a
 # judge 40 iterations need no penalty; config/wordplay/hacking.py has a bad one. 3 to 4 minutes each on one core.
 
 max_iters = 40

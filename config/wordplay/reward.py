@@ -2,8 +2,8 @@
 # answers from wrong ones.
 # python reward.py config/wordplay/reward.py
 #
-# Result, three seeds: accuracy on clean labels 0.942, 0.942 and 0.942, and 0.986, 0.988 and 0.987 where one of the two answers is
-# right, AUC 0.975, 0.972 and 0.972, calibration error 0.038, 0.034 and 0.043; 12 to 16 minutes on one core of the 2-core CPU with AVX2.
+# Result, three seeds: accuracy on clean labels 0.942, 0.941 and 0.942, and 0.989, 0.987 and 0.990 where one of the two answers is
+# right, AUC 0.976, 0.974 and 0.975, calibration error 0.036, 0.035 and 0.041; 15 minutes on one core of the 2-core CPU with AVX2.
 
 out_dir = 'out/reward'
 init_from = 'out/sft'
