@@ -103,8 +103,8 @@ class Policy(nn.Module):
         values = self.value_head(h if self.critic is None else self.critic.hidden(idx, read=read))
         return self.gpt.lm_head(h).float() / temperature, values.float()
 
-# ----- The parts of the objective. Tensors are (B, T): a row an answer with its prompt, a column a predicted token;
-# mask is 1 where the token was the policy's own, its end included, 0 on the prompt and on whatever follows the end.
+# ----- The parts of the objective. Tensors are (B, T): a row an answer with its prompt, a column a predicted token; mask is 1
+# where the token was the policy's own, its end included. The losses also take these tokens alone, (N,), as the update has them.
 
 def masked_mean(x, mask):
     return (x * mask).sum() / mask.sum()

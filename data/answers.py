@@ -68,10 +68,10 @@ def score_moments(judge, model, tok, rows, max_new_tokens, generator, batch_size
 def log_prob(model, idx, mask):
     """Log-probability, in nats, that a language model gives to the tokens of idx (B, T) where mask is 1, a row's sum
     (B,). Padding is -1, on the right, where no real token sees it."""
-    said = mask[:, 1:] > 0                                            # told by what stands before
-    logits, _ = model(idx.clamp(min=0), read=F.pad(said, (0, 1)).nonzero(as_tuple=True))
-    logp = -F.cross_entropy(logits.float(), idx[:, 1:][said], reduction='none')
-    return logp.new_zeros(said.shape).masked_scatter(said, logp).sum(1)
+    row, t = mask[:, 1:].nonzero(as_tuple=True)                       # what stands at t tells the token after it
+    logits, _ = model(idx.clamp(min=0), read=(row, t))
+    logp = -F.cross_entropy(logits.float(), idx[row, t + 1], reduction='none')
+    return logp.new_zeros(mask.shape).index_put((row, t), logp).sum(1)
 
 def tamper(idx, mask, blank, generator):
     """Pairs (2B, T), first all chosen, and the chosen once more with 40% of their answers' tokens replaced, half by a
