@@ -82,23 +82,32 @@ NORM = {'layernorm': lambda size, c: nn.LayerNorm(size, c.norm_eps, bias=c.bias)
         'rmsnorm': lambda size, c: nn.RMSNorm(size, c.norm_eps)}  # arXiv 1910.07467
 ACT = {'gelu': F.gelu, 'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'), 'relu2': lambda x: F.relu(x).square(), 'swiglu': F.silu}
 
+# whether this CPU multiplies in bfloat16; others emulate it, many times slower
+BF16_CPU = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
 class Linear(nn.Linear):
-    """nn.Linear with a faster way where a CPU generates: PyTorch multiplies a matrix by one token on a single core,
-    and emulates bfloat16, which takes a third of the time when widened to float32 some rows at a time."""
-    def forward(self, x):
-        w, n_token = self.weight, x.numel() // self.in_features
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu') or not w.is_cpu:
-            return super().forward(x)
+    """nn.Linear, for which `prepare` finds a faster way while a CPU generates."""
+    fast = None
+
+    def prepare(self, n):
+        """Until n = 0, for n tokens at a time: a copy of the weight in the blocks that oneDNN reads, into which it is else
+        rearranged every time, in float32 where bfloat16 is emulated; or all cores for a single token, where PyTorch takes one."""
+        w, b, self.fast = self.weight.detach(), self.bias, None
         cores = math.gcd(torch.get_num_threads(), self.out_features)  # that can share the rows of w evenly
-        if not (n_token > 2 if w.dtype == torch.bfloat16 else cores > 1 and n_token <= 64):
-            return super().forward(x)
-        xt = x.reshape(n_token, self.in_features).T                   # (in, N)
-        if w.dtype == torch.bfloat16:
-            y = torch.cat([rows.float() @ xt.float() for rows in w.split(3072)]).to(w.dtype)
-        else:
-            y = torch.bmm(w.view(cores, -1, self.in_features), xt.expand(cores, -1, -1)).flatten(0, 1)
-        y = y.T.contiguous().view(*x.shape[:-1], self.out_features)   # (out, N) -> (..., out)
-        return y if self.bias is None else y + self.bias
+        dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else w.dtype
+        if not w.is_cpu or n * w.numel() < 2 ** 18 or dtype not in (torch.float32, torch.bfloat16):  # small ones gain nothing
+            return
+        if torch.backends.mkldnn.is_available() and (n > 2 or BF16_CPU and dtype == torch.bfloat16):
+            kept = dtype if BF16_CPU else torch.float32
+            w, b = torch.ops.mkldnn._reorder_linear_weight(w.to(kept)), b if b is None else b.detach().to(kept)
+            self.fast = lambda x: torch.ops.mkldnn._linear_pointwise(x.to(kept), w, b, 'none', [], '').to(x.dtype)
+        elif cores > 1 and w.dtype == torch.float32:
+            rows = w.view(cores, -1, self.in_features)
+            self.fast = lambda x: F.linear(x, w, b) if x.numel() != w.size(1) else torch.bmm(
+                rows, x.reshape(1, -1).T.expand(cores, -1, -1)).view(*x.shape[:-1], -1) + (0 if b is None else b)
+
+    def forward(self, x):
+        return super().forward(x) if self.fast is None or torch.is_grad_enabled() else self.fast(x)
 
 # -----------------------------------------------------------------------------
 # Positions
@@ -138,10 +147,9 @@ def visible(q_pos, k_pos, window, n_sink, causal=True):
 # Attention and its cache
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for every layer, pre-allocated, with the absolute position that each
-    slot holds (-1 = empty). Sinks keep their slots, the rest is a ring: slot = n_sink + (pos - n_sink) % window. The
-    full cache is the case window = block_size. Rows may be of different lengths; the mask reads positions, so the
-    order of slots never matters."""
+    """Keys and values of the tokens seen so far, for every layer, pre-allocated, with the absolute position that each slot holds
+    (-1 = empty). Sinks keep their slots, the rest is a ring: slot = n_sink + (pos - n_sink) % window. The full cache is the case
+    window = block_size. Rows may be of different lengths; the mask reads positions, so the order of slots never matters."""
     def __init__(self, config, window, batch_size, dtype, device):
         c, self.n_sink, self.window = config, config.n_sink, window
         self.n_slot = window + c.n_sink
@@ -241,6 +249,7 @@ class Attention(nn.Module):
         q, k = turned.split([c.n_head, c.n_kv_head], dim=1)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
+            q = q.to(k.dtype)
         if shared.sink_rope:  # the scores of sinks come from the second half, all others from the first
             q = torch.cat((q, rotate(qk[:, :c.n_head], shared.sink_rope)), dim=-1) * 2 ** 0.5  # hs doubles under the root
             k = torch.cat((k.masked_fill(shared.is_sink, 0), k.masked_fill(~shared.is_sink, 0)), dim=-1)
@@ -255,7 +264,7 @@ class Attention(nn.Module):
                                                enable_gqa=q.size(1) != c.n_kv_head).reshape(B, c.n_head, T, -1)
         else:
             y = attention(q, k, v, shared.mask, dropout)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # (B, T, nh*hs) -> (B, T, C)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2).to(x.dtype)))  # (B, T, nh*hs) -> (B, T, C)
 
 # -----------------------------------------------------------------------------
 # Feed-forward layers
@@ -479,15 +488,6 @@ class GPT(nn.Module):
             group['lr_scale'] = group['lr'] / learning_rate if learning_rate else 1.0
         return made
 
-    def resize_vocab(self, n):
-        """Make room for n tokens, if there is less: new rows of embedding and head are the mean of the old ones."""
-        for layer in (self.wte, self.lm_head):
-            old = layer.weight.data
-            new = old.mean(0, keepdim=True).expand(max(0, n - len(old)), -1)
-            layer.weight = nn.Parameter(torch.cat((old, new)))
-        self.lm_head.weight = self.wte.weight if self.config.tie_weights else self.lm_head.weight
-        self.config.vocab_size = self.wte.num_embeddings = self.lm_head.out_features = len(self.wte.weight)
-
     @staticmethod
     def from_pretrained(name_or_dir, dtype=None, **flags):
         """The model in a Hugging Face folder or of a name on its hub: see data/pretrained.py."""
@@ -504,9 +504,10 @@ class GPT(nn.Module):
     def new_cache(self, batch_size, max_tokens=None):
         """An empty KVCache for batch_size rows; no larger than max_tokens need, where that is known."""
         window = self.window if max_tokens is None else max(1, min(self.window, max_tokens))
-        dtype = torch.get_autocast_dtype(self.wte.weight.device.type) if torch.is_autocast_enabled(
-            self.wte.weight.device.type) else self.wte.weight.dtype
-        return KVCache(self.config, window, batch_size, dtype, self.wte.weight.device)
+        dtype, device = self.wte.weight.dtype, self.wte.weight.device
+        dtype = torch.promote_types(dtype, torch.float32) if device.type == 'cpu' else torch.get_autocast_dtype(
+            device.type) if torch.is_autocast_enabled(device.type) else dtype  # a CPU's attention is faster in float32
+        return KVCache(self.config, window, batch_size, dtype, device)
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=(), use_cache=True, generator=None):
@@ -525,7 +526,7 @@ class GPT(nn.Module):
         ragged = bool((idx < 0).any())
         cache = self.new_cache(B, T + max_new_tokens) if use_cache else None
         fresh = idx                                                   # what the cache has not seen
-        self.eval()
+        self.eval().apply(lambda layer: isinstance(layer, Linear) and layer.prepare(B))
         try:
             for _ in range(max_new_tokens):
                 if c.pos == 'learned' and idx.size(1) > c.block_size:  # no streaming: the last block, anew
@@ -538,7 +539,8 @@ class GPT(nn.Module):
                         real = chunk >= 0
                         start = 0 if cache is None else cache.length[:, None]
                         pos = torch.where(real, start + real.cumsum(1) - 1, -1)
-                    h = self.hidden(chunk, cache, pos, read=(slice(None), -1))  # (B, C)
+                    with torch.autocast('cpu', enabled=False):        # prepared layers know it; the rest is faster without
+                        h = self.hidden(chunk, cache, pos, read=(slice(None), -1))  # (B, C)
                 logits = self.lm_head(h).float()
                 fresh = logits.argmax(-1, keepdim=True) if temperature == 0 else torch.multinomial(
                     sampling_probs(logits, temperature, top_k, top_p), 1, generator=generator)
@@ -550,16 +552,15 @@ class GPT(nn.Module):
                 if ended.all():
                     break
         finally:
-            self.train(training)
+            self.train(training).apply(lambda layer: isinstance(layer, Linear) and layer.prepare(0))
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=(), use_cache=True, generator=None):
         """Continue idx (B, T) by sampling -> (B, T + n), n <= max_new_tokens.
 
-        temperature 0 is greedy; top_k keeps the k likeliest tokens (0 = all); top_p the fewest whose
-        probability reaches p (arXiv 1904.09751). A row ends with the first token that is in `stop`; what
-        stands after it is -1. Prompts of different lengths are padded on the left with -1. Any length
-        streams past block_size, but for learned positions, which then see the last block only. The
-        model is left in the mode it was found in; the same generator state gives the same tokens."""
+        temperature 0 is greedy; top_k keeps the k likeliest tokens (0 = all); top_p the fewest whose probability reaches p
+        (arXiv 1904.09751). A row ends with the first token that is in `stop`; what stands after it is -1. Prompts of different
+        lengths are padded on the left with -1. Any length streams past block_size, but for learned positions, which then see the
+        last block only. The model is left in the mode it was found in; the same generator state gives the same tokens."""
         steps = list(self.stream(idx, max_new_tokens, temperature, top_k, top_p, stop, use_cache, generator))
         return torch.cat((idx, torch.stack(steps, dim=1)), dim=1) if steps else idx
 
@@ -639,8 +640,7 @@ def orthogonalize(g, steps=5):
     """Bring all singular values of the matrices g (n, rows, columns) near 1 by Newton-Schulz steps of the
     quintic a x + b x^3 + c x^5, whose coefficients are chosen for their steep start."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    emulated = g.device.type == 'cpu' and not torch.cpu._is_amx_tile_supported()
-    x = g.float() if emulated else g.bfloat16()
+    x = g.float() if g.is_cpu and not BF16_CPU else g.bfloat16()
     tall = x.size(1) > x.size(2)
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)

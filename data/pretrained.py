@@ -6,6 +6,7 @@ flags that it leaves open, and its names for the weights. Nothing of a folder is
 import json, os, re
 from pathlib import Path
 import torch
+import torch.nn as nn
 from bpe import SPECIAL, Tokenizer
 from configurator import load_checkpoint, replacing
 from model import GPT, GPTConfig, RewardModel
@@ -195,6 +196,14 @@ def load_model(source, config, tok=None):
                          'save the model\'s as a tokenizer.json and prepare the data with --tokenizer=FILE')
     return model, own
 
+def resize_vocab(model, n):
+    """Make room for n tokens, if there is less: new rows of embedding and head are the mean of the old ones."""
+    for layer in (model.wte, model.lm_head):
+        old = layer.weight.data
+        layer.weight = nn.Parameter(torch.cat((old, old.mean(0, keepdim=True).expand(max(0, n - len(old)), -1))))
+    model.lm_head.weight = model.wte.weight if model.config.tie_weights else model.lm_head.weight
+    model.config.vocab_size = model.wte.num_embeddings = model.lm_head.out_features = len(model.wte.weight)
+
 def load_chat_model(source, config):
     """load_model for the stages after training: without dropout unless `config` has one, with the special tokens of
     chats, for which the embedding is enlarged; 'scratch' is a model of bytes. ValueError for the folder that the run is
@@ -203,7 +212,7 @@ def load_chat_model(source, config):
         raise ValueError(f'init_from={source!r} is the folder that the run would write to; give it another out_dir')
     model, tok = load_model(source, {'dropout': 0.0} | config, Tokenizer.byte() if source == 'scratch' else None)
     tok.add_special(SPECIAL)
-    model.resize_vocab(tok.vocab_size)
+    resize_vocab(model, tok.vocab_size)
     return model, tok
 
 def load_reward_model(folder, tok):

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bpe import Tokenizer
 from conftest import TINY, call, flags, ok, one_line, story
-from data.pretrained import config_from, load_model
+from data.pretrained import config_from, load_model, resize_vocab
 from model import GPT, GPTConfig
 from test_bpe import random_strings
 
@@ -580,7 +580,7 @@ def with_tokenizer(tmp_path_factory):
 def test_load_model_opens_a_folder_in_float32_with_its_tokenizer(rows, with_tokenizer, tmp_path):
     folder, tokenizer = with_tokenizer
     half = GPT.from_pretrained(folder).bfloat16()
-    half.resize_vocab(rows)
+    resize_vocab(half, rows)
     half.save_pretrained(tmp_path, tokenizer)
     settings = {'dropout': 0.1, 'attn': 'manual', 'n_layer': 7, 'out_dir': 'out/base'}
     model, own = load_model(str(tmp_path), settings, tokenizer)
@@ -646,9 +646,9 @@ def test_a_mistake_is_one_line(with_tokenizer, tmp_path, monkeypatch):
 def test_new_tokens_start_as_the_mean_of_the_old(tie, tmp_path):
     model = our_model(**dict(OURS['llama'], tie_weights=tie))
     before, embedding, head = model(IDS)[0].detach(), model.wte.weight.clone(), model.lm_head.weight.clone()
-    model.resize_vocab(300)
+    resize_vocab(model, 300)
     assert model.config.vocab_size == 301  # it never shrinks
-    model.resize_vocab(305)
+    resize_vocab(model, 305)
     after = model(IDS)[0].detach()
     assert torch.allclose(after[..., :301], before, atol=1e-6)
     assert torch.allclose(after[..., 301:], before.mean(-1, keepdim=True).expand(-1, -1, 4), atol=1e-5)

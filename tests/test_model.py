@@ -10,6 +10,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import model
+from data.pretrained import resize_vocab
 from model import (GPT, GPTConfig, Linear, MoE, Muon, ScalarHead, attention, local_attention, orthogonalize,
                    rope_table, rotate, sampling_probs, sinusoidal, visible)
 
@@ -371,22 +373,55 @@ def test_relu2_and_both_gelus_are_their_papers_formulas():
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 0.05)])
-@pytest.mark.parametrize('n_out', [3100, 11])  # more rows than are widened at once; rows that two cores cannot share
+@pytest.mark.parametrize('n_out', [3100, 3001])  # 3,001 rows cannot be shared by two cores
 @pytest.mark.parametrize('bias', [True, False])
-def test_without_gradients_a_linear_layer_is_the_same_product(dtype, tolerance, n_out, bias):
+@pytest.mark.parametrize('native', sorted({False, model.BF16_CPU}))  # a CPU that multiplies in bfloat16 can do without, too
+def test_a_linear_layer_that_is_prepared_for_generation_is_the_same_product(monkeypatch, dtype, tolerance, n_out, bias, native):
     torch.manual_seed(0)
-    layer, before = Linear(24, n_out, bias=bias).to(dtype), torch.get_num_threads()
-    try:
-        for threads, shape in itertools.product((1, 2), [(1, 24), (1, 1, 24), (2, 1, 24), (0, 24), (3, 5, 24), (70, 24)]):
-            torch.set_num_threads(threads)
-            x = torch.randn(shape, dtype=dtype)
-            expected = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
-            with torch.no_grad():
-                y = layer(x)
-            assert y.dtype == dtype and y.is_contiguous() and layer(x).dtype == dtype
-            assert y.numel() == 0 == expected.numel() or close(y, expected, tolerance)
-    finally:
-        torch.set_num_threads(before)
+    monkeypatch.setattr(model, 'BF16_CPU', native)
+    layer, ways = Linear(88, n_out, bias=bias).to(dtype), set()
+    for threads, n, shape in itertools.product((1, 2), (1, 4), [(1, 88), (1, 1, 88), (4, 1, 88), (4, 5, 88), (0, 88)]):
+        monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
+        x = torch.randn(shape, dtype=dtype, requires_grad=True)
+        expected = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
+        layer.prepare(n)
+        ways.add(layer.fast is not None)
+        with torch.no_grad():
+            y = layer(x)
+        assert y.dtype == dtype and (y.numel() == 0 == expected.numel() or close(y, expected, tolerance))
+        assert layer(x).requires_grad  # training takes the weight itself
+        layer.prepare(0)
+        assert layer.fast is None
+    assert True in ways or dtype == torch.float64
+    small = Linear(24, 11)
+    assert small.prepare(4) is None is small.fast  # it would be no faster
+
+
+@pytest.mark.parametrize('batch', [1, 4])
+@pytest.mark.parametrize('how', ['float32', 'bfloat16', 'autocast'])
+def test_generation_leaves_no_copy_of_a_weight_behind(monkeypatch, batch, how):
+    """The model is large enough for its layers to be prepared; a copy that stayed would not know the changed weights."""
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
+    gpt = small_gpt(n_embd=256, n_head=4, vocab_size=1100, block_size=32).to(torch.bfloat16 if how == 'bfloat16' else torch.float32)
+    layers = [layer for layer in gpt.modules() if isinstance(layer, Linear)]
+    prompt, found = torch.randint(1100, (batch, 5)), []
+    for _ in range(2):
+        with torch.autocast('cpu', torch.bfloat16, enabled=how == 'autocast'):
+            steps = gpt.stream(prompt, 10, temperature=0)
+            first = next(steps)
+            assert any(layer.fast for layer in layers) == (how == 'float32' or batch > 2 or model.BF16_CPU)
+            steps.close()  # whoever stops halfway leaves nothing either
+            assert not any(layer.fast for layer in layers)
+            idx = gpt.generate(prompt, 10, temperature=0)
+        assert torch.equal(idx[:, 5], first) and not any(layer.fast for layer in layers)
+        logits, _ = gpt.double()(idx[:, :-1])
+        best, said = logits[:, 4:].max(-1).values, logits[:, 4:].gather(-1, idx[:, 5:, None])[..., 0]
+        assert (best - said).max() < (1e-4 if how == 'float32' else 0.05) * logits.std()  # the likeliest, but for rounding
+        gpt.to(torch.bfloat16 if how == 'bfloat16' else torch.float32)
+        found.append(idx)
+        with torch.no_grad():
+            gpt.lm_head.weight.neg_()
+    assert not torch.equal(*found)
 
 
 @pytest.mark.parametrize('n_embd', [16, 64, 120, 768, 4096])
@@ -449,12 +484,12 @@ def test_the_tied_head_is_the_embedding():
 def test_new_tokens_leave_the_old_logits_and_start_at_their_mean(tie_weights):
     model, idx = small_gpt(tie_weights=tie_weights), some_ids(2, 9)
     before = model(idx)[0]
-    model.resize_vocab(14)
+    resize_vocab(model, 14)
     after = model(idx)[0]
     assert close(after[..., :11], before, 1e-5)
     assert close(after[..., 11:], before.mean(-1, keepdim=True).expand(2, 9, 3), 1e-5)
     assert model.config.vocab_size == 14 and (model.lm_head.weight is model.wte.weight) == tie_weights
-    model.resize_vocab(5)  # no fewer
+    resize_vocab(model, 5)  # no fewer
     assert model(idx)[0].shape == (2, 9, 14)
 
 

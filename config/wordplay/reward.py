@@ -10,7 +10,6 @@ init_from = 'out/sft'
 batch_size = 16       # small steps learn more from a pair, and every pair comes once
 gradient_accumulation_steps = 1
 length_groups = 4     # saves a fifth of a step
-compile = True        # an eighth, where there is a C++ compiler
 eval_interval = 1000
 muon_lr = 0.007
 flip_rate = 0.1       # the share of labels that is turned round

@@ -9,6 +9,5 @@ init_from = 'out/bytes'
 max_iters = 1200
 batch_size = 32                  # of like length: a tenth less padding than two of 64
 gradient_accumulation_steps = 4
-compile = True                   # saves a fifth of a step, where there is a C++ compiler
 learning_rate = 6e-3
 muon_lr = 0.05
