@@ -1,11 +1,13 @@
 """
 How long an iteration of PPO takes: ppo.py, the same without the KV cache, and TRL's PPOTrainer, by turns in one run, as
-ratios (absolute times mean little). All train one model, in float32: 4 layers, 128 wide, random weights; 256 answers
-an iteration, 2 epochs of minibatches of 64; prompts of 25 tokens or so, and answers of 32, for the end is never said.
+ratios (absolute times mean little). All train one model: 4 layers, 128 wide, random weights; 256 answers an iteration,
+2 epochs of minibatches of 64; prompts of 25 tokens or so, and answers of 32, for the end is never said. All in one
+precision, that which ppo.py takes by itself: bfloat16, TRL's default too, where the CPU multiplies in it, else float32.
 
     taskset -c 1 python tests/bench_ppo.py                       one core; without TRL
     taskset -c 1 python tests/bench_ppo.py --trl=PYTHON          PYTHON: that of an environment that has TRL, made by
         python -m venv FOLDER; FOLDER/bin/pip install trl==1.9.2     (whose releases after that one dropped PPO)
+    taskset -c 1 python tests/bench_ppo.py --dtype=float32       or bfloat16
 
 A shared trunk, ppo.py's default, has less to compute than TRL's critic, which is always a second model: beside it stands
 the like of that, --separate_critic=True. 'short answers' end by themselves, after 10 tokens on average: TRL generates 32
@@ -50,7 +52,7 @@ def ours(folder, policy='endless', **settings):
         dataset=folder, init_from=os.path.join(folder, policy), reward_model=os.path.join(folder, 'reward'),
         out_dir=os.path.join(folder, 'out'), batch_size=BATCH, minibatch_size=MINIBATCH, ppo_epochs=EPOCHS,
         max_new_tokens=N_NEW, max_iters=ITERATIONS, learning_rate=RATE, critic_lr=RATE, gain_lr=RATE, kl_stop=0,
-        eval_interval=1000, eval_prompts=1, test_prompts=1, test_draws=1, device='cpu', dtype='float32', compile=False) | settings
+        eval_interval=1000, eval_prompts=1, test_prompts=1, test_draws=1, device='cpu', dtype=dtype, compile=False) | settings
     run(sys.executable, os.path.join(ROOT, 'ppo.py'), *(f'--{key}={value}' for key, value in settings.items()))
     with open(os.path.join(folder, 'out', 'log.jsonl'), encoding='utf-8') as f:
         records = [r for r in map(json.loads, f) if r.get('step', 0) > 0 and 'rollout_share' in r]
@@ -64,9 +66,9 @@ def run(*command):
         sys.exit(done.stdout + done.stderr)
     return done.stdout.splitlines()[-1]
 
-def trl(folder, policy='endless'):
+def trl(dtype, folder, policy='endless'):
     """In the other Python: print the seconds of TRL's iterations. What it does by default and would slow it down here
-    is off: bfloat16 and gradient checkpointing; and no batch is cut into more parts than ours."""
+    is off, gradient checkpointing; and no batch is cut into more parts than ours."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
@@ -85,7 +87,7 @@ def trl(folder, policy='endless'):
         output_dir=os.path.join(folder, 'trl'), per_device_train_batch_size=BATCH, gradient_accumulation_steps=1,
         num_mini_batches=BATCH // MINIBATCH, local_rollout_forward_batch_size=BATCH, num_ppo_epochs=EPOCHS,
         total_episodes=BATCH * ITERATIONS, response_length=N_NEW, temperature=1.0, learning_rate=RATE,
-        gradient_checkpointing=False, bf16=False, use_cpu=True, num_sample_generations=0, report_to='none',
+        gradient_checkpointing=False, bf16=dtype == 'bfloat16', use_cpu=True, num_sample_generations=0, report_to='none',
         save_strategy='no', stop_token_id=tok.convert_tokens_to_ids('<|end|>'))
     PPOTrainer(config, tok, language(), language(), scalar(),
                prompts, scalar(), eval_dataset=prompts, callbacks=[Clock()]).train()
@@ -94,20 +96,23 @@ def trl(folder, policy='endless'):
 if __name__ == '__main__':
     if sys.argv[1:2] == ['trl']:
         sys.exit(trl(*sys.argv[2:]))
-    python = next((word.removeprefix('--trl=') for word in sys.argv[1:] if word.startswith('--trl=')), '')
     sys.path.insert(0, ROOT)
+    from model import BF16_CPU
+    given = dict(word.removeprefix('--').split('=', 1) for word in sys.argv[1:])
+    python, dtype = given.get('trl', ''), given.get('dtype', 'bfloat16' if BF16_CPU else 'float32')
     with tempfile.TemporaryDirectory() as folder:
         make(folder)
         sides = {'ours': lambda: ours(folder), 'no cache': lambda: ours(folder, use_cache=False),
                  'separate critic': lambda: ours(folder, separate_critic=True),
                  'short answers': lambda: ours(folder, 'ending')}
         if python:
-            sides['TRL'] = lambda: json.loads(run(python, os.path.abspath(__file__), 'trl', folder))
-            sides['TRL, short'] = lambda: json.loads(run(python, os.path.abspath(__file__), 'trl', folder, 'ending'))
+            sides['TRL'] = lambda: json.loads(run(python, os.path.abspath(__file__), 'trl', dtype, folder))
+            sides['TRL, short'] = lambda: json.loads(run(python, os.path.abspath(__file__), 'trl', dtype, folder, 'ending'))
         found = {name: [] for name in sides}
         for _ in range(ROUNDS):
             for name, side in sides.items():
                 found[name] += side()
+    print(dtype)
     best = {name: min(seen) for name, seen in found.items()}          # the least time, for noise only ever adds
     for name, (seconds, share, length) in best.items():
         told = '' if math.isnan(share) else f', rollout {share:4.0%} of it, {length:4.1f} tokens an answer'

@@ -24,8 +24,7 @@ RUNS = {  # name: (command, with {o} the folder of the seed; whether the first s
     'base': (f'train.py {W}/base.py', True),
     'sft': (f'sft.py {W}/sft.py --init_from={args.out}/{args.seeds.split(",")[0]}/base', False),
     'reward': (f'reward.py {W}/reward.py --init_from={{o}}/sft', False),
-    'reward_tossed': (f'reward.py {W}/reward.py --init_from={{o}}/sft --shuffle_labels=1 --max_iters=600', False),
-    'reward_turned': (f'reward.py {W}/reward.py --init_from={{o}}/sft --shuffle_labels=-1 --max_iters=600', False),
+    'reward_tossed': (f'reward.py {W}/reward.py --init_from={{o}}/sft --shuffle_labels=True --max_iters=600', False),
     'ppo_gold': (f'ppo.py {W}/ppo_gold.py --init_from={{o}}/sft', False),
     'ppo': (f'ppo.py {W}/ppo.py --init_from={{o}}/sft {P}', False),
     'rloo': (f'ppo.py {W}/rloo.py --init_from={{o}}/sft {P}', True),
@@ -74,8 +73,7 @@ ROWS = [  # what, run, figure, its bar
     ('  AUC', 'reward', 'auc', '>= 0.97'),
     ('  calibration error', 'reward', 'calibration_error', '<= 0.05'),
     ('  a judge of length alone', 'reward', 'accuracy_length_only', '<= 0.60'),
-    ('  accuracy after tossed labels', 'reward_tossed', 'accuracy_clean', ''),
-    ('  after the same coins turned', 'reward_turned', 'accuracy_clean', 'mean of both 0.48 to 0.52'),
+    ('  accuracy after tossed labels', 'reward_tossed', 'accuracy_clean', '0.48 to 0.52'),
     ('  seconds', 'reward', 'seconds', '<= 240')]
 for name, title, sampled in (('ppo_gold', 'PPO, gold reward', '>= 0.92'), ('ppo', 'PPO, learned reward', '>= 0.86')):
     ROWS += [(f'{title}: sampled', name, 'exact_match_sampled', sampled), ('  before', name, 'exact_match_sampled_before', ''),

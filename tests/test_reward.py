@@ -281,20 +281,9 @@ def test_16_pairs_are_learned_by_heart(loss, letters_data, small_base, tmp_path)
 
 
 def test_shuffled_labels_teach_nothing(letters_data, small_base, tmp_path):
-    """Of 60 pairs; the proof has 2,000. A run with all the coins turned takes back what chance taught."""
-    accuracy = []
-    for way in (1, -1):
-        ok(call('reward.py', *flags(FAST, dataset=letters_data, init_from=small_base, out_dir=tmp_path, shuffle_labels=way,
-                                    max_iters=60, batch_size=32, eval_interval=60)))
-        accuracy.append(final(tmp_path)['accuracy_clean'])
-    assert all(0.3 < a < 0.7 for a in accuracy) and 0.4 < sum(accuracy) / 2 < 0.6
-
-
-def test_coins_turn_half_of_the_pairs_and_their_turn_the_other_half():
-    pairs = [(2 * i, 2 * i + 1, {}) for i in range(1000)]
-    one, other = (reward.toss_labels(pairs, way) for way in (1, -1))
-    assert [(b, a, row) for a, b, row in one] == other and one == reward.toss_labels(pairs, 1)
-    assert 400 < sum(a % 2 for a, *_ in one) < 600
+    ok(call('reward.py', *flags(FAST, dataset=letters_data, init_from=small_base, out_dir=tmp_path, shuffle_labels=True,
+                                max_iters=60, batch_size=32, eval_interval=60)))
+    assert 0.3 < final(tmp_path)['accuracy_clean'] < 0.7  # 60 pairs; the proof has 2,000
 
 
 def test_dpo_trains_the_policy_itself(letters_data, small_sft, tmp_path):
