@@ -617,7 +617,7 @@ class RewardModel(nn.Module):
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, for the 2-D weights of hidden layers (Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon). As torch.optim.Muon, but matrices of one shape go through Newton-Schulz as one
-    batch, in the precision that the machine multiplies fast: a CPU that must emulate bfloat16 takes 40 times as long."""
+    batch, and on a CPU in float32: where bfloat16 is emulated it takes 40 times as long."""
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.1, steps=5):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=steps))
@@ -640,7 +640,7 @@ def orthogonalize(g, steps=5):
     """Bring all singular values of the matrices g (n, rows, columns) near 1 by Newton-Schulz steps of the
     quintic a x + b x^3 + c x^5, whose coefficients are chosen for their steep start."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.float() if g.is_cpu and not BF16_CPU else g.bfloat16()
+    x = g.float() if g.is_cpu else g.bfloat16()
     tall = x.size(1) > x.size(2)
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)

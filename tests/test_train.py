@@ -125,7 +125,7 @@ def test_every_sequence_that_fits_is_drawn_and_no_other():
 
 def test_accumulating_one_micro_batch_of_8_or_four_of_2_gives_the_same_weights(dataset, tmp_path):
     for name, accumulate, size in (('a', 1, 8), ('b', 4, 2), ('c', 3, 2)):
-        run_of(tmp_path / name, dataset, max_iters=5, optimizer='adamw', gradient_accumulation_steps=accumulate, batch_size=size)
+        run_of(tmp_path / name, dataset, max_iters=5, gradient_accumulation_steps=accumulate, batch_size=size)
     a, b, c = (load_checkpoint(str(tmp_path / name))['model'] for name in 'abc')
     assert all(torch.allclose(a[k], b[k], atol=2e-5) for k in a)
     assert not all(torch.allclose(a[k], c[k], atol=1e-3) for k in a)
