@@ -115,34 +115,35 @@ def evaluate(model, reference, pairs, gold, run):
             scores[:, i:i + batch_size] = score(model, reference, idx.to(run.device), mask.to(run.device)).view(2, -1)
     return pair_figures(*scores, [row for *_, row in pairs], gold, flip_rate)
 
-def toss_labels(pairs):
-    """The pairs, of which a coin turned half round."""
-    return [(b, a, row) if c < 0.5 else (a, b, row) for c, (a, b, row) in zip(torch.rand(len(pairs), generator=rng(seed)), pairs)]
+def toss_labels(pairs, n=0):
+    """The pairs, of which a coin, another for each n, turned half round."""
+    coins = torch.rand(len(pairs), generator=rng(seed, n))
+    return [(b, a, row) if c < 0.5 else (a, b, row) for c, (a, b, row) in zip(coins, pairs)]
 
 def sanity_checks(train, val, gold, make, trained, run):
-    """Print a verdict a line, of a fresh model, of two short runs, and of the trained one's figures; 1 if one failed."""
+    """Print a verdict a line, of a fresh model, of short runs, and of the trained one's figures; 1 if one failed."""
     def apart(pairs, pad=0):
         idx, mask, _ = (t.to(run.device) for t in get_batch(pairs))
         return torch.sub(*score(model, reference, F.pad(idx, (0, pad), value=-1), F.pad(mask, (0, pad))).chunk(2))
     (model, reference), few, found = make(), train[:16], []
     with torch.no_grad():
         swapped, padded = apart(few) + apart([(b, a, row) for a, b, row in few]), apart(few, 9) - apart(few)
-    for pairs, steps, judged, figure in ((few, 100, few, 'accuracy'), (toss_labels(train), 300, val, 'accuracy_clean')):
-        model, reference = make()
+    tosses = [(toss_labels(train, n), 300, val, 'accuracy_clean') for n in range(4)]  # a single one is off 0.5 by hundredths
+    for n, (pairs, steps, judged, figure) in enumerate([(few, 100, few, 'accuracy'), *tosses]):
+        model, reference = make(n)
         optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
         for step in range(steps):
             pairwise_loss(apart([pairs[i] for i in endless_order(len(pairs), step * 16, 16, seed)]), 0).backward()
             optimizer.step(), optimizer.zero_grad()
         found.append(evaluate(model, reference, judged, gold, run)[figure])
-    (heart, tossed), own, blind = found, trained['accuracy_clean'], trained['accuracy_length_only']
+    heart, tossed, own, blind = found[0], sum(found[1:]) / len(tosses), trained['accuracy_clean'], trained['accuracy_length_only']
     verdicts = {f'a pair swapped negates the difference: off by {swapped.abs().max():.0e}': swapped.abs().max() < 1e-4,
                 f'padding moves no score: off by {padded.abs().max():.0e}': padded.abs().max() < 1e-4,
                 f'16 pairs are learned by heart: accuracy {heart:.2f}': heart == 1,
                 f'tossed labels teach nothing: accuracy {tossed:.3f}': abs(tossed - 0.5) < 0.05,
                 f'the trained model beats a judge of length alone: accuracy {own:.3f}, {blind:.3f}': own > blind + 0.1,
                 f"its scores spread: standard deviation {trained['score_std']:.3f}": trained['score_std'] > 0.1,
-                f"scaled, its probabilities are meant: off by {trained['calibration_error']:.3f}":
-                    trained['calibration_error'] < 0.1}
+                f"scaled, they are calibrated: off by {trained['calibration_error']:.3f}": trained['calibration_error'] < 0.1}
     print(*(f"{'ok    ' if good else 'FAILED'} {text}" for text, good in verdicts.items()), sep='\n')
     return 0 if all(verdicts.values()) else 1
 
@@ -163,11 +164,11 @@ if __name__ == "__main__":
     if loss == 'bt_margin' and not any('margin' in row for row in train_rows):
         raise ValueError(f"loss='bt_margin' needs pairs with a margin, and those of {dataset} have none; take 'bt'")
     gold, (policy, tok) = load_gold(dataset), load_chat_model(init_from, config)
-    def make():
-        """A fresh (model, reference): a reward model of the policy's weights, or for DPO the policy and a copy of it."""
+    def make(n=0):
+        """A fresh (model, reference): a reward model of the policy's weights, the nth head, or for DPO the policy and a copy."""
         trunk = copy.deepcopy(policy).to(run.device)
         vars(trunk.config).update({'causal': True} if causal else {'causal': False, 'window': 0, 'n_sink': 0})
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + n)
         return (trunk, policy.to(run.device)) if loss == 'dpo' else (RewardModel(trunk).to(run.device), None)
     train_pairs, val_pairs = (prepare_pairs(rows, tok, policy.config.block_size)
                               for rows in (train_rows[:max_pairs or None], val_rows))

@@ -20,11 +20,12 @@ parser.add_argument('--only', default='', help='names of runs, by commas')
 args = parser.parse_args()
 
 W, P = 'config/wordplay', '--reward_model={o}/reward'
-RUNS = {  # name: (command, with {o} the folder of the seed; whether the first seed is enough)
+RUNS = {  # name: (command, with {s} the seed, {o} its folder; whether the first seed is enough)
     'base': (f'train.py {W}/base.py', True),
     'sft': (f'sft.py {W}/sft.py --init_from={args.out}/{args.seeds.split(",")[0]}/base', False),
     'reward': (f'reward.py {W}/reward.py --init_from={{o}}/sft', False),
-    'reward_tossed': (f'reward.py {W}/reward.py --init_from={{o}}/sft --shuffle_labels=True --max_iters=600', False),
+    **{f'tossed_{n}': (f'reward.py {W}/reward.py --init_from={{o}}/sft --shuffle_labels=True --max_pairs=4800 --seed={{s}}{n}',
+                       False) for n in range(8)},  # coins teach to like whole kinds of slips: each is off 0.5 by hundredths
     'ppo_gold': (f'ppo.py {W}/ppo_gold.py --init_from={{o}}/sft', False),
     'ppo': (f'ppo.py {W}/ppo.py --init_from={{o}}/sft {P}', False),
     'rloo': (f'ppo.py {W}/rloo.py --init_from={{o}}/sft {P}', True),
@@ -36,10 +37,10 @@ def final(seed, name):
     records = read_log(f'{args.out}/{seed}/{name}')
     return records[-1].get('final') if records else None
 
-def evaluations(seed, name, key):
-    """A metric of PPO's log averaged over the iterations between evaluations, in their order."""
+def evaluations(seed, name, key, n):
+    """A metric of PPO's log, means of n iterations: the prompts of one are too few to tell small steps from chance."""
     found = [r[key] for r in read_log(f'{args.out}/{seed}/{name}') if key in r]
-    return [mean(found[i:i + 5]) for i in range(0, len(found) - 4, 5)]
+    return [mean(found[i:i + n]) for i in range(0, len(found) - n + 1, n)]
 
 def spearman(a, b):
     """The correlation of ranks."""
@@ -55,7 +56,8 @@ for seed in seeds:
         if once and seed != seeds[0] or final(seed, name) or args.only and name not in args.only.split(','):
             continue
         folder = f'{args.out}/{seed}'
-        line = [*command.format(o=folder).split(), f'--out_dir={folder}/{name}', f'--seed={seed}']
+        line = [*command.format(o=folder, s=seed).split(), f'--out_dir={folder}/{name}']
+        line += [] if '--seed' in command else [f'--seed={seed}']
         print('python', *line, flush=True)
         os.makedirs(folder, exist_ok=True)
         with open(f'{folder}/{name}.txt', 'w', encoding='utf-8') as f:
@@ -73,7 +75,6 @@ ROWS = [  # what, run, figure, its bar
     ('  AUC', 'reward', 'auc', '>= 0.97'),
     ('  calibration error', 'reward', 'calibration_error', '<= 0.05'),
     ('  a judge of length alone', 'reward', 'accuracy_length_only', '<= 0.60'),
-    ('  accuracy after tossed labels', 'reward_tossed', 'accuracy_clean', '0.48 to 0.52'),
     ('  seconds', 'reward', 'seconds', '<= 240')]
 for name, title, sampled in (('ppo_gold', 'PPO, gold reward', '>= 0.92'), ('ppo', 'PPO, learned reward', '>= 0.86')):
     ROWS += [(f'{title}: sampled', name, 'exact_match_sampled', sampled), ('  before', name, 'exact_match_sampled_before', ''),
@@ -87,11 +88,13 @@ for text, name, figure, bar in ROWS:
     found = [f[figure] if isinstance(figure, str) else figure(f) for seed in seeds if (f := final(seed, name))]
     print(f'{text:42}', *(f'{x:8.3f}' if abs(x) < 100 else f'{x:8.0f}' for x in found), '  ', bar)
 for seed in seeds:
+    if tossed := [f['accuracy_clean'] for n in range(8) if (f := final(seed, f'tossed_{n}'))]:
+        print(f'tossed labels, seed {seed}: accuracy {mean(tossed):.3f} (bar 0.48 to 0.52), mean of', *(f'{x:.3f}' for x in tossed))
     if final(seed, 'ppo'):
-        score, gold = (evaluations(seed, 'ppo', f'objective/{key}') for key in ('score', 'gold'))
-        print(f'no hacking, seed {seed}: Spearman(score, gold) {spearman(score, gold):.3f} (bar 0.9), last gold '
-              f'{gold[-1]:.3f} = {gold[-1] / max(gold):.3f} of its best (bar 0.97)')
+        (score, gold), few = ([evaluations(seed, 'ppo', f'objective/{key}', n) for key in ('score', 'gold')] for n in (10, 5))
+        print(f'no hacking, seed {seed}: Spearman(score, gold) {spearman(score, gold):.3f} (bar 0.9; by 5 iterations '
+              f'{spearman(*few):.3f}), last gold {gold[-1]:.3f} = {gold[-1] / max(gold):.3f} of its best (bar 0.97)')
 if final(seeds[0], 'hacking'):
-    score, gold = (evaluations(seeds[0], 'hacking', f'objective/{key}') for key in ('score', 'gold'))
+    score, gold = (evaluations(seeds[0], 'hacking', f'objective/{key}', 5) for key in ('score', 'gold'))
     print(f'hacking, on purpose: score {score[0]:.2f} -> {score[-1]:.2f}, gold {gold[0]:.3f}, best {max(gold):.3f}, last {gold[-1]:.3f} '
           '(bar: 0.10 below its best)')
