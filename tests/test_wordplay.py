@@ -80,8 +80,8 @@ def test_held_out_prompts_are_balanced_right_and_never_twice(made):
     assert made['sft_val'] == made['prompts_val']
     assert [r['prompt'] for r in made['pref_val']] == [r['prompt'] for r in made['prompts_val']]
 
-def test_adding_is_demonstrated_five_times_as_often_and_paired_four_times(made):
-    for name, times in (('sft_train', 5), ('pref_train', 4), ('prompts_train', 1)):
+def test_adding_is_demonstrated_five_times_as_often_and_paired_seven_times(made):
+    for name, times in (('sft_train', 5), ('pref_train', 7), ('prompts_train', 1)):
         ops = [r['op'] for r in made[name]]
         assert abs(ops.count('add') / ops.count('sort') - times) < 0.01
 

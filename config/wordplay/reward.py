@@ -11,6 +11,6 @@ batch_size = 16       # small steps learn more from a pair, and every pair comes
 gradient_accumulation_steps = 1
 length_groups = 4     # saves a fifth of a step
 eval_interval = 1000
-muon_lr = 0.007
+learning_rate = 2e-3
 flip_rate = 0.1       # the share of labels that is turned round
 center_weight = 0.01  # the scores of different prompts stay comparable

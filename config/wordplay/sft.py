@@ -9,5 +9,4 @@ init_from = 'out/bytes'
 max_iters = 1200
 batch_size = 32                  # of like length: a tenth less padding than two of 64
 gradient_accumulation_steps = 4
-learning_rate = 6e-3
-muon_lr = 0.05
+learning_rate = 8e-3

@@ -29,7 +29,7 @@ n_test = 1_000      # held-out prompts for the final figures, and as many on lon
 noise = 0.35        # share of the demonstrations that are wrong
 flip = 0.10         # share of the preference labels that are turned round
 add_weight = 5      # adding is by far the hardest: how often it is demonstrated for once of any other operation
-pref_add_weight = 4 # the same in pairs
+pref_add_weight = 7 # the same in pairs
 seed = 1337         # all is a pure function of the settings and the words
 # -----------------------------------------------------------------------------
 
