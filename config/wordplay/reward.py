@@ -2,8 +2,9 @@
 # answers from wrong ones.
 # python reward.py config/wordplay/reward.py
 #
-# Result, three seeds: accuracy on clean labels 0.942, 0.941 and 0.942, and 0.989, 0.987 and 0.990 where one of the two answers is
-# right, AUC 0.976, 0.974 and 0.975, calibration error 0.036, 0.035 and 0.041; 15 minutes on one core of the 2-core CPU with AVX2.
+# Result, three seeds: accuracy on clean labels 0.946, 0.936 and 0.943, and 0.988, 0.990 and 0.991 where one of the two answers
+# is right, AUC 0.977, 0.981 and 0.980, calibration error 0.047, 0.034 and 0.033; 7 minutes on one core of the 2-core CPU with
+# AVX-512.
 
 out_dir = 'out/reward'
 init_from = 'out/sft'
