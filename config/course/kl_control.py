@@ -5,9 +5,10 @@
 #   --metrics=objective/kl_exact,objective/score,objective/gold,objective/kl_coef
 #
 # Needs out/sft and out/reward, of config/wordplay/sft.py and reward.py.
-# Result: right by sampling 0.650 before, then 0.920 at 0.313 nats an answer with the fixed weight, 0.920 at 0.315 with the steered
-# one (which fell from 0.10 to 0.07, for 0.4 nats were never reached), 0.925 at 0.321 with none: no difference. With so good a
-# judge 40 iterations need no penalty; config/wordplay/hacking.py has a bad one. 3 to 4 minutes each on one core.
+# Result: right by sampling 0.635 before, then 0.918 at 0.358 nats an answer with the fixed weight, 0.921 at 0.374 with the steered
+# one (which fell from 0.10 to 0.07, for 0.4 nats were never reached), 0.920 at 0.389 with none, and greedily 0.986 before, then
+# 0.976, 0.978 and 0.968: hardly a difference. With so good a judge 40 iterations need no penalty; config/wordplay/hacking.py has a
+# bad one. Two to three minutes each on one core of the 2-core CPU with AVX-512.
 
 max_iters = 40
 eval_interval = 20
