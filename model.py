@@ -90,8 +90,8 @@ class Linear(nn.Linear):
     fast = None
 
     def prepare(self, n):
-        """Until n = 0, for n tokens at a time: a copy of the weight in the blocks that oneDNN reads, into which it is else
-        rearranged every time, in float32 where bfloat16 is emulated; or all cores for a single token, where PyTorch takes one."""
+        """Until n = 0, for n tokens at a time and this weight: a copy of it in the blocks that oneDNN reads, into which it is
+        else brought every time, in float32 where bfloat16 is emulated; or, for a single token, all cores instead of one."""
         w, b, self.fast = self.weight.detach(), self.bias, None
         cores = math.gcd(torch.get_num_threads(), self.out_features)  # that can share the rows of w evenly
         dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else w.dtype
@@ -442,7 +442,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None, read=...):
         """idx (B, T), targets (B, T) or None -> logits (B, T, V) at every position, or (N, V) where read says (see
-        hidden), and the mean cross-entropy in nats a token over the targets that are not -1 (None without targets)."""
+        hidden), and the mean cross-entropy in nats a token over the targets that are not -1, which go without read, or None."""
         logits = self.lm_head(self.hidden(idx, cache, read=read))
         return logits, None if targets is None else F.cross_entropy(
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
@@ -526,8 +526,8 @@ class GPT(nn.Module):
         ragged = bool((idx < 0).any())
         cache = self.new_cache(B, T + max_new_tokens) if use_cache else None
         fresh = idx                                                   # what the cache has not seen
-        self.eval().apply(lambda layer: isinstance(layer, Linear) and layer.prepare(B))
         try:
+            self.eval().apply(lambda layer: isinstance(layer, Linear) and layer.prepare(B))
             for _ in range(max_new_tokens):
                 if c.pos == 'learned' and idx.size(1) > c.block_size:  # no streaming: the last block, anew
                     idx = fresh = idx[:, -c.block_size:]
@@ -557,8 +557,8 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=(), use_cache=True, generator=None):
         """Continue idx (B, T) by sampling -> (B, T + n), n <= max_new_tokens.
 
-        temperature 0 is greedy; top_k keeps the k likeliest tokens (0 = all); top_p the fewest whose probability reaches p
-        (arXiv 1904.09751). A row ends with the first token that is in `stop`; what stands after it is -1. Prompts of different
+        temperature 0 is greedy; top_k keeps the k likeliest tokens and their equals (0 = all); top_p the fewest whose probability
+        reaches p (arXiv 1904.09751). A row ends with the first token that is in `stop`; after it stands -1. Prompts of different
         lengths are padded on the left with -1. Any length streams past block_size, but for learned positions, which then see the
         last block only. The model is left in the mode it was found in; the same generator state gives the same tokens."""
         steps = list(self.stream(idx, max_new_tokens, temperature, top_k, top_p, stop, use_cache, generator))

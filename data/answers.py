@@ -156,5 +156,5 @@ def pair_figures(chosen, rejected, rows, gold=None, flip_rate=0.0):
                'score_std': scores.std().item(), 'best_scale': fit_scale(d, flip_rate),
                'accuracy_length_only': max(accuracy(sign * torch.where(flipped, -longer, longer)) for sign in (1, -1))}
     for op in sorted({row['op'] for row in rows if 'op' in row}):
-        figures[f'margin/{op}'] = truth[[row['op'] == op for row in rows]].mean().item()
+        figures[f'margin/{op}'] = truth[[row.get('op') == op for row in rows]].mean().item()
     return figures

@@ -238,6 +238,8 @@ def test_figures_are_against_the_labels_as_given_and_as_they_were_before_some_we
     assert figures['accuracy_length_only'] == 0.625  # shorter is better: 0 for the first, 0.5 for a tie, 1, 1
     assert figures['best_scale'] == fit_scale(torch.tensor([1.0, -2.0, 1.0, -1.0]))
     assert figures['margin/x'] == 1.5 and figures['margin/y'] == 0
+    del rows[3]['op']
+    assert pair_figures(torch.tensor([2.0, 0.0, 1.0, 0.5]), torch.tensor([1.0, 2.0, 0.0, 1.5]), rows, gold)['margin/y'] == 1
 
 
 # -----------------------------------------------------------------------------
