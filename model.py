@@ -442,7 +442,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None, read=...):
         """idx (B, T), targets (B, T) or None -> logits (B, T, V) at every position, or (N, V) where read says (see
-        hidden), and the mean cross-entropy in nats a token over the targets that are not -1, which go without read, or None."""
+        hidden), and the mean cross-entropy in nats a token over the targets that are not -1 (None without; not with read)."""
         logits = self.lm_head(self.hidden(idx, cache, read=read))
         return logits, None if targets is None else F.cross_entropy(
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)

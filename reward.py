@@ -126,8 +126,8 @@ def sanity_checks(train, val, gold, make, trained, run):
         return torch.sub(*score(model, reference, *(t.to(run.device) for t in get_batch(pairs)[:2])).chunk(2))
     (model, reference), few, found = make(), train[:16], []
     with torch.no_grad():
-        swapped = apart(few) + apart([(b, a, row) for a, b, row in few])
-        padded = apart(few) - torch.cat([apart([pair]) for pair in few])  # together they are padded
+        together, turned = apart(few), apart([(b, a, row) for a, b, row in few])
+        swapped, padded = together + turned, together - torch.cat([apart([pair]) for pair in few])  # together they are padded
     tosses = [(toss_labels(train, n), 300, val, 'accuracy_clean') for n in range(1, 5)]  # one alone: 0.5 +- 0.05
     for n, (pairs, steps, judged, figure) in enumerate([(few, 100, few, 'accuracy'), *tosses]):
         model, reference = make(n)
