@@ -1,330 +1,962 @@
 """
-What every stage shares because it has one right answer: settings, the machine at hand, seeds, the learning-rate
-schedule, checkpoints, the log. Run as a script it compares runs, the settings in which they differ beside their
-results, and draws their curves in one picture (those that differ in the seed alone as a mean and its spread):
+What all scripts share: settings, the choice of device and precision, random seeds, the
+learning-rate schedule, checkpoints, and the log.
 
-    python configurator.py out/a out/b --out=compare.png
+A setting is a module-level name with a literal default, between the first two rules of a script:
+
+    # -----------------------------------------------------------------------------
+    # optimizer                        a heading
+    learning_rate = 6e-3               # a comment, which --help prints
+    # -----------------------------------------------------------------------------
+
+Config files and --key=value arguments override settings, in the order of the command line:
+
+    python train.py config/x.py --learning_rate=1e-3
 """
-import ast, contextlib, difflib, dis, functools, glob, json, math, os, re, shutil, signal, sys, traceback, types
-import numpy as np
-import torch
-from data.checkpoint import load_checkpoint, replacing, save_checkpoint, set_aside  # the scripts take the first from here
+import ast
+import contextlib
+import difflib
+import dis
+import glob
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import textwrap
+import time
+import traceback
+import types
+import unicodedata
+import zipfile
+from dataclasses import dataclass
 
-# ----- Settings: names assigned a literal between the first two rules of a script
+# -----------------------------------------------------------------------------
+# Settings
+
+# The lines of a block of settings: the rules around it, a setting with its comment, a heading.
+RULE = re.compile(r'(?m)^ *# -{20,}$')
+SETTING = re.compile(r'^ *(\w+) = .*?(?: # *(.*))?$')
+CONTINUATION = re.compile(r'^ {8,}# *(.*)$')  # of the comment in the line above
+HEADING = re.compile(r'^ *# (.*)$')
+
+# Common short names, so that a wrong one gets the right suggestion.
+ABBREVIATIONS = {
+    'lr': 'learning_rate', 'bs': 'batch_size', 'epochs': 'max_iters', 'steps': 'max_iters',
+    'iters': 'max_iters', 'wd': 'weight_decay', 'ctx': 'block_size', 'layers': 'n_layer',
+    'heads': 'n_head', 'dim': 'n_embd', 'output_dir': 'out_dir', 'model': 'init_from',
+}
+
+# Ranges of settings. A value outside would invert or break training.
+AT_LEAST_ONE = (
+    'block_size', 'batch_size', 'minibatch_size', 'gradient_accumulation_steps', 'eval_interval',
+    'log_interval', 'eval_prompts', 'test_prompts', 'test_draws', 'max_new_tokens', 'ppo_epochs',
+    'curriculum_stages', 'length_groups', 'normalize_prompts', 'best_of', 'num_samples',
+    'n_layer', 'n_head', 'n_embd')
+AT_LEAST_ZERO = (
+    'seed', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'eval_iters', 'sample_tokens',
+    'max_pairs', 'learning_rate', 'muon_lr', 'gain_lr', 'critic_lr', 'min_lr', 'weight_decay',
+    'grad_clip', 'vocab_size', 'temperature', 'top_k', 'clip_range', 'value_clip', 'value_coef',
+    'score_clip', 'kl_coef', 'kl_stop', 'moe_aux_weight', 'moe_bias_rate', 'moe_z_weight',
+    'denoise_weight', 'center_weight', 'flip_rate', 'dpo_beta')
+AT_MOST_ONE = ('dropout', 'beta1', 'beta2', 'gamma', 'lam', 'top_p', 'curriculum_frac',
+               'cooldown_frac')
+ABOVE_ZERO = ('kl_target', 'kl_horizon')
+
+
+def settings_block(path):
+    """The lines between the first two rules of a script."""
+    with open(path, encoding='utf-8') as f:
+        parts = RULE.split(f.read())
+    return parts[1].splitlines() if len(parts) > 2 else []
+
 
 def read_settings(path):
     """{name: comment} of the settings of a script, read from its source."""
-    with open(path, encoding='utf-8') as f:
-        block = re.split(r'(?m)^ *# -{20,}$', f.read())[1]
-    return dict(re.findall(r'(?m)^ *(\w+) = .*?(?: # (.*))?$', block))
+    comments = {}
+    for line in settings_block(path):
+        setting = SETTING.match(line)
+        if setting:
+            comments[setting[1]] = setting[2] or ''
+    return comments
 
-def check(where, key, value, settings):
-    """`value` as the type that setting `key` has, or a ValueError that begins with `where`. An int is taken for
-    a float; what is 'auto' may be a bool as well; text from the command line is read as the type needs."""
-    if key not in settings:
-        near = [*difflib.get_close_matches(key, settings, 1), 'help'][0]
-        raise ValueError(f'{where}: there is no setting {key!r}; did you mean --{near}?')
-    default, truth = settings[key], str(value).lower() in ('true', 'false')
-    if isinstance(value, str) and (not isinstance(default, str) or default == 'auto' and truth):
-        with contextlib.suppress(ValueError, SyntaxError):  # --learning_rate=3e-4, --compile=False, --stages=(8,64)
-            value = ast.literal_eval(value.capitalize() if truth else value)
+
+def print_help(path):
+    """Print a script's docstring, then its settings under their headings with default and
+    comment."""
+    # The defaults are read from the source, so that nothing is run or imported.
+    with open(path, encoding='utf-8') as f:
+        tree = ast.parse(f.read())
+    defaults = {}
+    for node in ast.walk(ast.parse(textwrap.dedent('\n'.join(settings_block(path))))):
+        if isinstance(node, ast.Assign):
+            defaults[node.targets[0].id] = ast.unparse(node.value)
+    print((ast.get_docstring(tree) or '').strip())
+    print('\nSettings:')
+    for line in settings_block(path):
+        setting = SETTING.match(line)
+        continuation = CONTINUATION.match(line)
+        heading = HEADING.match(line)
+        if setting:
+            name, comment = setting.groups()
+            print(f'  --{name}={defaults[name]}'.ljust(40) + (comment or ''))
+        elif continuation:
+            print(' ' * 40 + continuation[1])
+        elif heading:
+            print(f' {heading[1]}')
+
+
+# --help answers at once: before torch is imported, which takes a second or more. (In a program
+# that is not one of the scripts there is no block of settings, and nothing happens here.)
+if {'--help', '-h'} & set(sys.argv[1:]) and os.path.isfile(sys.argv[0]):
+    if settings_block(sys.argv[0]):
+        print_help(sys.argv[0])
+        sys.exit(0)
+
+import torch
+from filelock import FileLock, Timeout  # installed with torch
+
+
+def nearest_name(key, names):
+    """The setting that was probably meant by an unknown key, or 'help'."""
+    if ABBREVIATIONS.get(key) in names:
+        return ABBREVIATIONS[key]
+    close = difflib.get_close_matches(key, names, n=1)
+    return close[0] if close else 'help'
+
+
+def parse_value(text, default):
+    """Text of the command line as a value of the type of `default`; unchanged if it is no
+    literal."""
+    is_bool = text.lower() in ('true', 'false')
+    if isinstance(default, str) and not (default == 'auto' and is_bool):
+        return text
+    try:
+        return ast.literal_eval(text.capitalize() if is_bool else text)
+    except (ValueError, SyntaxError):
+        return text  # check_setting reports the wrong type
+
+
+def check_setting(where, key, value, defaults):
+    """
+    `value` in the type of setting `key`, or a ValueError that begins with `where`. An int is
+    accepted for a float, a whole number such as 1e6 for an int, and a bool where the default is
+    'auto'.
+    """
+    if key not in defaults:
+        raise ValueError(f'{where}: there is no setting {key!r}; did you mean '
+                         f'--{nearest_name(key, defaults)}?')
+    default = defaults[key]
     if isinstance(default, float) and type(value) is int:
         value = float(value)
-    if type(value) is not type(default) and not (default == 'auto' and isinstance(value, bool)):
-        raise ValueError(f'{where}: {key} must be of type {type(default).__name__}, like {default!r}; got {value!r}')
+    if type(default) is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if default == 'auto' and isinstance(value, bool):
+        return value
+    if type(value) is not type(default):
+        raise ValueError(f'{where}: {key} must be of type {type(default).__name__}, like '
+                         f'{default!r}; got {value!r}')
     return value
 
+
 def run_config_file(path, settings, defaults):
-    """What a config file assigns, checked. It is Python (run only those you trust), in a namespace of its own that
-    starts with the current settings; names that begin with '_' and imported modules are its own."""
+    """
+    {name: (value, where)} of what a config file assigns, checked; where is 'file:line'.
+
+    A config file is Python code, so run only those you trust. Its namespace starts with the current
+    settings. Names that begin with '_', modules, functions and classes are private to it.
+    """
     if not os.path.isfile(path):
         raise ValueError(f'{path}: no such config file (a setting is written --key=value)')
+    # Run it.
     names = dict(settings, __file__=path)
     try:
         with open(path, 'rb') as f:
             code = compile(f.read(), path, 'exec')
         exec(code, names)
-    except Exception as e:
-        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
-        raise ValueError(f"{path}:{lines[-1] if lines else getattr(e, 'lineno', 0)}: {type(e).__name__}: {e}") from e
-    lines = {i.argval: i.positions.lineno for i in dis.get_instructions(code) if i.opname == 'STORE_NAME'}
-    return {key: check(f'{path}:{line}', key, names[key], defaults) for key, line in lines.items()
-            if key in names and not (key.startswith('_') or isinstance(names[key], types.ModuleType))}
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                 if frame.filename == path]
+        line = lines[-1] if lines else getattr(error, 'lineno', 0)
+        raise ValueError(f'{path}:{line}: {type(error).__name__}: {error}') from error
+
+    # The compiled code tells which names were assigned at module level, and where.
+    assigned = {instruction.argval: instruction.positions.lineno
+                for instruction in dis.get_instructions(code) if instruction.opname == 'STORE_NAME'}
+    # Keep the settings among them.
+    found = {}
+    for key, line in assigned.items():
+        if key not in names or key.startswith('_'):
+            continue
+        is_private = isinstance(names[key], types.ModuleType) or callable(names[key])
+        if is_private and key not in defaults:
+            continue
+        where = f'{path}:{line}'
+        if key not in defaults:
+            message = f'{where}: there is no setting {key!r};'
+            nearest = nearest_name(key, defaults)
+            if nearest != 'help':
+                message += f' did you mean {nearest}?'
+            raise ValueError(f"{message} a helper name of your own begins with '_', like _{key}")
+        found[key] = check_setting(where, key, names[key], defaults), where
+    return found
+
+
+def check_ranges(config):
+    """ValueError for the first setting whose value would invert or break training."""
+    for key, value in config.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f'{key} must be a finite number; got {value}')
+        if key in AT_LEAST_ONE and value < 1:
+            raise ValueError(f'{key} must be at least 1; got {value}')
+        if key in AT_LEAST_ZERO and value < 0:
+            raise ValueError(f'{key} must be at least 0; got {value}')
+        if key in AT_MOST_ONE and not 0 <= value <= 1:
+            raise ValueError(f'{key} must be from 0 to 1; got {value}')
+        if key in ABOVE_ZERO and value <= 0:
+            raise ValueError(f'{key} must be above 0; got {value}')
+    if config.get('seed', 0) >= 2 ** 63:
+        raise ValueError(f"seed must be below 2**63; got {config['seed']}")
+    if config.get('out_dir') == '' and 'init_from' in config:
+        raise ValueError('out_dir is empty; give a folder for the run, like out/x')
+
+
+def check_choice(config, key, allowed):
+    """ValueError if the setting `key` has none of the allowed values."""
+    if config[key] not in allowed:
+        raise ValueError(f'{key} must be one of {", ".join(map(repr, allowed))}; '
+                         f'got {config[key]!r}')
+
 
 def configure(names):
-    """Apply, in order, the config files and --key=value arguments of the command line to the settings among
-    `names`, a script's globals(), and return all settings as a dict. From here on a user's mistake is one line on
-    stderr and exit status 2; --debug=True shows where it was raised."""
-    sys.excepthook = sys.__excepthook__ if '--debug=True' in sys.argv else one_line_errors
-    comments, keys = read_settings(names['__file__']), [arg.partition('=')[0] for arg in sys.argv]
-    settings = defaults = {key: names[key] for key in comments}
-    configure.given = set()
+    """
+    Apply the config files and --key=value arguments of the command line, in order, to the settings
+    among `names`, a script's globals(). Returns (config, overrides): all settings, and
+    {name: where} of those that this command line set.
+
+    From here on a user's mistake is one line on stderr and exit status 2; --debug=True shows where
+    it was raised.
+    """
+    debug = '--debug=True' in sys.argv
+    sys.excepthook = sys.__excepthook__ if debug else one_line_errors
+    script = names['__file__']
     if '--help' in sys.argv or '-h' in sys.argv:
-        print((names['__doc__'] or '').strip(), '\n\nSettings:')
-        print(*(f'  --{key}={defaults[key]!r}'.ljust(40) + comment for key, comment in comments.items()), sep='\n')
+        print_help(script)
         sys.exit(0)
-    for arg in (arg for arg in sys.argv[1:] if arg != '--debug=True'):
-        key, equals, value = arg.removeprefix('--').partition('=')
-        if not arg.startswith('--'):
-            new = run_config_file(arg, settings, defaults)
-        elif not equals or keys.count(f'--{key}') > 1:
-            raise ValueError(f'{arg}: ' + (f'{key} is given twice' if equals else 'a setting is written --key=value'))
-        else:
-            new = {key: check(arg, key, value, defaults)}
-        settings = settings | new
-        configure.given.update(new)
-    names.update(settings)
-    return settings
+    # 1. the defaults
+    defaults = {key: names[key] for key in read_settings(script)}
+    config = dict(defaults)
+    overrides = {}
+    # 2. what the command line changes, from left to right
+    seen = set()  # keys among the arguments
+    for argument in sys.argv[1:]:
+        if argument == '--debug=True':
+            continue
+        if not argument.startswith('--'):
+            found = run_config_file(argument, config, defaults)
+            for key, (value, where) in found.items():
+                config[key] = value
+                overrides[key] = where
+            continue
+        key, equals, text = argument.removeprefix('--').partition('=')
+        if not equals:
+            raise ValueError(f'{argument}: a setting is written --key=value')
+        if key in seen:
+            raise ValueError(f'{argument}: {key} is given twice')
+        seen.add(key)
+        value = parse_value(text, defaults.get(key, ''))
+        config[key] = check_setting(argument, key, value, defaults)
+        overrides[key] = argument
+    # 3. check the result
+    if 'out_dir' in config:
+        config['out_dir'] = os.path.expanduser(config['out_dir'])
+    check_ranges(config)
+    names.update(config)
+    return config, overrides
 
-def at_least_one(config, *names):
-    """ValueError naming the first of these settings that is below 1."""
-    for name in names:
-        if config[name] < 1:
-            raise ValueError(f'{name} must be at least 1; got {config[name]}')
 
-def one_of(config, **allowed):
-    """ValueError naming the first of these settings that is none of the values allowed for it."""
-    for name, values in allowed.items():
-        if config[name] not in values:
-            raise ValueError(f'{name} must be one of {", ".join(map(repr, values))}; got {config[name]!r}')
+def resume(config, overrides, fixed):
+    """
+    Returns (config, checkpoint). For a new run these are the config as it is, and {}.
 
-def resume(config, fixed):
-    """The checkpoint in out_dir to go on from, of init_from='resume' or after a restart by torchrun; {} for a fresh
-    start. The settings it was saved with become those of `config`, but for those given on this command line, which are
-    said. ValueError for one of those that cannot change, `fixed`."""
+    With init_from='resume', or after a restart by torchrun, the checkpoint is the one in out_dir.
+    The config then has the settings that the run was saved with, except those that this command
+    line set, which are printed. Its init_from is what the run first started from. ValueError if
+    this command line changes a setting in `fixed`, the names of those that cannot change.
+    """
+    # 1. Is there something to resume?
     path = os.path.join(config['out_dir'], 'ckpt.pt')
-    restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and os.path.exists(path)
+    previous = os.path.join(config['out_dir'], 'ckpt_prev.pt')
+    restarts = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
+    restarted = restarts > 0 and (os.path.exists(path) or os.path.exists(previous))
     if config['init_from'] != 'resume' and not restarted:
-        return {}
-    checkpoint, script = load_checkpoint(config['out_dir']), os.path.basename(sys.argv[0])
-    saved, made_by = checkpoint['config'], {'dpo': 'reward'}.get(checkpoint.get('stage'), checkpoint.get('stage'))
-    if made_by and f'{made_by}.py' != script:
-        raise ValueError(f'{path} was made by {made_by}.py, not by {script}: resume it there, or name it by --init_from')
-    for key in [key for key in config if key in saved and key != 'out_dir']:
-        old, new = saved[key], config[key]
-        if key not in configure.given or key == 'init_from':
-            config[key] = old
-        elif new != old and key in fixed:
-            raise ValueError(f'{key}={new!r}: the run to resume has {old!r}, which cannot change; leave it out, or '
-                             'start anew in another out_dir')
-        elif new != old and os.environ.get('RANK', '0') == '0':
-            print(f'{key}: {old!r} -> {new!r}')
-    return checkpoint
+        return config, {}
+    checkpoint = load_checkpoint(config['out_dir'])
+
+    # 2. It must be of the same stage.
+    script = os.path.basename(sys.argv[0])
+    stage = checkpoint.get('stage')
+    made_by = 'reward.py' if stage == 'dpo' else f'{stage}.py'
+    if stage and made_by != script:
+        raise ValueError(f'{path} was made by {made_by}, not by {script}: resume it there, or name '
+                         'it by --init_from')
+
+    # 3. Its settings, unless this command line changes them.
+    config = dict(config)
+    for key, saved in checkpoint['config'].items():
+        if key not in config or key == 'out_dir':
+            continue
+        if key not in overrides or key == 'init_from':
+            config[key] = saved
+        elif config[key] != saved and key in fixed:
+            raise ValueError(f'{overrides[key]}: {key}={config[key]!r}, but the run to resume has '
+                             f'{saved!r}, which cannot change; leave it out, or start a new run in '
+                             'another out_dir')
+        elif config[key] != saved and os.environ.get('RANK', '0') == '0':
+            print(printable(f'{key}: {saved!r} -> {config[key]!r}'))
+    return config, checkpoint
+
+
+# Characters that change the direction of text, by which a file could disguise what is printed.
+BIDI_CONTROLS = '\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069'
+
+
+def printable(text):
+    """The text without control characters, by which a model or a foreign file could drive the
+    terminal, and without changes of the direction of text."""
+    kept = []
+    for char in text:
+        is_control = unicodedata.category(char) == 'Cc' and char not in '\n\t'
+        if not is_control and char not in BIDI_CONTROLS:
+            kept.append(char)
+    return ''.join(kept)
+
+
+def one_line(text, width=100):
+    """The text on one line of at most `width` characters, printable, for examples in the log."""
+    text = printable(' '.join(text.split()))
+    return text if len(text) <= width else text[:width - 3] + '...'
+
 
 def one_line_errors(kind, error, trace):
-    """sys.excepthook: what a user can mend is said in one line, the rest keeps its traceback."""
-    text = ' '.join(str(error).split())
+    """sys.excepthook: a mistake that a user can correct is one line; the rest keeps its
+    traceback."""
+    # Messages of libraries may have several lines, and may quote foreign text.
+    text = printable(' '.join(str(error).split()))
+    out_of_memory = (issubclass(kind, (torch.OutOfMemoryError, MemoryError))
+                     or 'not enough memory' in text or "can't allocate memory" in text)
     if issubclass(kind, ModuleNotFoundError):
         text += f': pip install {error.name}'
-    if issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or 'not enough memory' in text or "can't allocate memory" in text:
-        text = 'out of memory: lower batch_size (and raise gradient_accumulation_steps), minibatch_size, block_size or n_layer'
+    if out_of_memory:
+        text = ('out of memory: lower batch_size (and raise gradient_accumulation_steps), '
+                'minibatch_size, block_size or n_layer')
     elif not issubclass(kind, (ValueError, OSError, ImportError, KeyboardInterrupt)):
         return sys.__excepthook__(kind, error, trace)
     print(f'error: {text or kind.__name__}', file=sys.stderr, flush=True)
     sys.exit(130 if kind is KeyboardInterrupt else 2)
 
-# ----- The run: device, dtype, compile, ranks, seeds, schedule
+
+# -----------------------------------------------------------------------------
+# Device, precision, compilation and ranks
+
+@dataclass
+class Run:
+    """What a run computes on, as start_run chose it."""
+    device: str             # 'cpu', 'mps', 'cuda' or 'cuda:1'
+    device_type: str        # 'cpu', 'mps' or 'cuda'
+    dtype: torch.dtype      # of matrix products; weights stay in float32
+    autocast: object        # the context manager for forward passes
+    scaler: object          # gradient scaler, which does something in float16 only
+    compile: bool
+    rank: int               # number of this process
+    world_size: int         # number of processes
+    is_master: bool         # rank 0, which prints, logs and saves
+
+
+def choose_device(setting):
+    """The device of a 'device' setting, and whether it had to fall back to the CPU."""
+    available = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(),
+                 'cpu': True}
+    if setting == 'auto':
+        return next(name for name in available if available[name]), False
+    device_type = str(setting).split(':')[0]  # a config file may set it to True
+    if device_type not in available:
+        raise ValueError(f"device must be 'auto' or one of {', '.join(available)}; got {setting!r}")
+    if not available[device_type]:
+        return 'cpu', True
+    return setting, False
+
+
+def has_fast_bfloat16(device_type):
+    """Whether the hardware multiplies in bfloat16. Elsewhere it is emulated, up to 100 times
+    slower."""
+    if device_type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type == 'cpu':
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return False
+
+
+def can_compile(device_type):
+    """Whether torch.compile finds the compiler that it needs: Triton on a GPU, else C++."""
+    if device_type == 'cuda':
+        return torch.utils._triton.has_triton()
+    return shutil.which(os.environ.get('CXX', 'g++')) is not None
+
 
 def start_run(config, flops=math.inf):
-    """Choose what is fastest and right on this machine where the settings say 'auto', join the ranks that torchrun
-    started, and say what was chosen. `flops` is what the whole run will compute, by which compile='auto' tells
-    whether it wins back a cold compile (15-60 s). Returns a namespace: device, type ('cuda' | 'cpu' | 'mps'), dtype,
-    autocast (a context manager), scaler (of float16), compile, rank, world (their number), master (rank 0, which saves)."""
-    env = {'RANK': 0, 'LOCAL_RANK': 0, 'WORLD_SIZE': 1} | os.environ
-    rank, local_rank, world = (int(env[key]) for key in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'))
-    there = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
-    device = config['device'] if config['device'] != 'auto' else next(kind for kind in there if there[kind])
-    kind, say = str(device).split(':')[0], functools.partial(print, flush=True) if rank == 0 else lambda *_: None
-    for key, value, allowed in (('device', kind, there), ('compile', config['compile'], (True, False)),
-                                ('dtype', config['dtype'], ('float32', 'bfloat16', 'float16'))):
-        if value != 'auto' and value not in allowed:
-            raise ValueError(f"{key} must be 'auto' or one of {', '.join(map(str, allowed))}; got {config[key]!r}")
-    if not there[kind]:
-        say(f'no {kind.upper()} here: running on the CPU')
-        device = kind = 'cpu'
-    if kind == 'cuda':
-        device = f'cuda:{local_rank}' if world > 1 else device
+    """
+    Choose the fastest correct device, dtype and compile where the settings say 'auto', join the
+    ranks that torchrun started, and print the choice. Returns a Run.
+
+    `flops` is the number of operations of the whole run: compile='auto' compiles if they outweigh a
+    cold compilation (15 to 60 s).
+    """
+    rank = int(os.environ.get('RANK', 0))
+    local_rank = int(os.environ.get('LOCAL_RANK', 0))
+    world_size = int(os.environ.get('WORLD_SIZE', 1))
+    is_master = rank == 0
+
+    # device
+    device, fell_back = choose_device(config['device'])
+    if fell_back and is_master:
+        print(f"no {config['device'].split(':')[0].upper()} here: running on the CPU", flush=True)
+    device_type = device.split(':')[0]
+    if device_type == 'cuda':
+        if world_size > 1:
+            device = f'cuda:{local_rank}'
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32
-    if world > 1:
-        hook = sys.excepthook
-        torch.distributed.init_process_group(config.get('backend') if kind == 'cuda' else 'gloo')
-        sys.excepthook = hook  # it puts its own before ours, and then says nothing where ours exits
-    # bfloat16 where the hardware multiplies in it; elsewhere it is emulated, and up to a hundred times slower
-    fast = (kind == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)) or (
-        kind == 'cpu' and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()))
-    name = config['dtype'] if config['dtype'] != 'auto' else 'bfloat16' if fast else 'float32'
-    dtype, enough = getattr(torch, name), {'cuda': 1e15, 'cpu': 4e13, 'mps': math.inf}[kind]
-    compiles = flops > enough if config['compile'] == 'auto' else config['compile']
-    if compiles and not (torch.utils._triton.has_triton() if kind == 'cuda' else shutil.which(os.environ.get('CXX', 'g++'))):
-        say(f"no {'Triton for this GPU' if kind == 'cuda' else 'C++ compiler'} here: running in eager mode")
-        compiles = False
-    say(f"device {device}, {name}, {'compiled' if compiles else 'eager'}, {world} rank{'s' * (world > 1)}")
-    return types.SimpleNamespace(
-        device=device, type=kind, dtype=dtype, compile=compiles, rank=rank, world=world, master=rank == 0,
-        autocast=contextlib.nullcontext() if name == 'float32' else torch.autocast(kind, dtype),
-        scaler=torch.amp.GradScaler(kind, enabled=name == 'float16'))
 
-def parallel(model, run, dynamic=None, **shared):
-    """The module to call in training: compiled where the run compiles (dynamic=True: for batches of any length, once); with
-    several ranks, which must be able to share these numbers evenly, one that averages their gradients."""
-    for name, number in shared.items():
-        if number % run.world:
-            raise ValueError(f'{name} {number} cannot be shared by {run.world} ranks; make it a multiple of {run.world}')
-    model = torch.compile(model, dynamic=dynamic) if run.compile else model
-    if run.world == 1:
-        return model
-    return torch.nn.parallel.DistributedDataParallel(model, device_ids=[run.device] if run.type == 'cuda' else None)
+    # ranks
+    if world_size > 1:
+        our_excepthook = sys.excepthook
+        backend = config.get('backend') if device_type == 'cuda' else 'gloo'
+        torch.distributed.init_process_group(backend)
+        sys.excepthook = our_excepthook  # torch.distributed installs its own, which hides ours
+
+    # dtype
+    name = config['dtype']
+    if name == 'auto':
+        name = 'bfloat16' if has_fast_bfloat16(device_type) else 'float32'
+    if name not in ('float32', 'bfloat16', 'float16'):
+        raise ValueError("dtype must be 'auto' or one of float32, bfloat16, float16; got "
+                         f'{name!r}')
+    dtype = getattr(torch, name)
+
+    # compilation
+    compiles = config['compile']
+    if compiles == 'auto':
+        # Operations that outweigh a compilation; on 'mps' it is never worth it.
+        enough = {'cuda': 1e15, 'cpu': 4e13, 'mps': math.inf}[device_type]
+        compiles = flops > enough
+    if compiles not in (True, False):
+        raise ValueError(f"compile must be 'auto' or one of True, False; got {compiles!r}")
+    if compiles and not can_compile(device_type):
+        missing = 'Triton for this GPU' if device_type == 'cuda' else 'C++ compiler'
+        if is_master:
+            print(f'no {missing} here: running in eager mode', flush=True)
+        compiles = False
+
+    if is_master:
+        mode = 'compiled' if compiles else 'eager'
+        ranks = '1 rank' if world_size == 1 else f'{world_size} ranks'
+        print(f'device {device}, {name}, {mode}, {ranks}', flush=True)
+    if name == 'float32':
+        autocast = contextlib.nullcontext()
+    else:
+        autocast = torch.autocast(device_type, dtype)
+    return Run(device=device, device_type=device_type, dtype=dtype, autocast=autocast,
+               scaler=torch.amp.GradScaler(device_type, enabled=name == 'float16'),
+               compile=compiles, rank=rank, world_size=world_size, is_master=is_master)
+
+
+# Dense bfloat16 operations per second, by a word of the device's name (from the data sheets).
+PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'B200': 2250e12, 'A100': 312e12, 'L40S': 362e12,
+              'L4': 121e12, 'A10': 125e12, 'V100': 125e12, '4090': 165e12, '3090': 71e12}
+
+
+def peak_flops(run):
+    """Operations per second of the machine's matrix products, to report what share of them a run
+    achieves (MFU): from the data sheet of a known GPU, otherwise measured."""
+    if run.device_type == 'cuda' and run.dtype != torch.float32:
+        words = re.split(r'\W+', torch.cuda.get_device_name(run.device))
+        for name, flops in PEAK_FLOPS.items():
+            if name in words:
+                return flops
+    # The fastest of five products of two large matrices.
+    n = 4096 if run.device_type == 'cuda' else 1024
+    a = torch.ones(n, n, device=run.device, dtype=run.dtype)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        (a @ a).sum().item()  # waits for the result
+        seconds.append(time.perf_counter() - began)
+    return 2 * n ** 3 / min(seconds)
+
+
+def check_divisible(run, name, number):
+    """ValueError if the ranks cannot share a number of sequences, pairs or responses evenly."""
+    if number % run.world_size:
+        raise ValueError(f'{name} = {number} cannot be divided by {run.world_size} ranks; make it '
+                         f'a multiple of {run.world_size}')
+
+
+def parallel(model, run, dynamic=None):
+    """The module to call in training: compiled if the run compiles (dynamic=True: once, for batches
+    of any length), and with several ranks wrapped so that their gradients are averaged."""
+    if run.compile:
+        model = torch.compile(model, dynamic=dynamic)
+    if run.world_size > 1:
+        device_ids = [run.device] if run.device_type == 'cuda' else None
+        model = torch.nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
+    return model
+
 
 def sum_over_ranks(x):
-    """The tensor x, summed over all ranks in place, where there are several."""
+    """The tensor x, summed in place over all ranks if there are several."""
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(x)
     return x
 
-def diverged(step, out_dir, saved, **numbers):
-    """The error to raise for a loss or a gradient that is no number."""
-    text = ', '.join(f'{k} {float(v):.4g}' for k, v in numbers.items())
-    return ValueError(f'step {step}: {text}: the run has diverged; lower learning_rate or raise warmup_iters.' +
-                      f' What {out_dir} holds is good, of step {saved}' * bool(glob.glob(f'{out_dir}/ckpt*.pt')))
 
-def seed_for(seed, *where):
-    """A seed, a pure function of (seed, step, ...), so that a resumed run draws what it would have drawn."""
-    return int(np.random.SeedSequence([seed, *where]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def divergence_error(step, out_dir, saved_step, **numbers):
+    """The error to raise for a loss or gradient norm that is not finite."""
+    figures = ', '.join(f'{name} {float(value):.4g}' for name, value in numbers.items())
+    text = (f'step {step}: {figures}: the run has diverged; lower learning_rate or raise '
+            'warmup_iters.')
+    if glob.glob(os.path.join(glob.escape(out_dir), 'ckpt*.pt')):
+        text += f' Last good checkpoint: {out_dir}, step {saved_step}'
+    return ValueError(text)
 
-def rng(seed, *where, device='cpu'):
-    """A torch.Generator seeded by seed_for."""
-    return torch.Generator(device).manual_seed(seed_for(seed, *where))
+
+def peak_memory_mb(device_type='cpu'):
+    """The most memory that this process has held, in MB (2^20 bytes): on the GPU if there is one,
+    else resident. None where the system does not tell."""
+    if device_type == 'cuda':
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 2 ** 20 if sys.platform == 'darwin' else 2 ** 10  # bytes on macOS, kilobytes on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+# -----------------------------------------------------------------------------
+# Seeds and the schedule
+
+def seed_for(seed, purpose, *where):
+    """
+    A seed that is a pure function of the run's seed, the purpose ('batches', 'dropout', ...), and
+    where in the run it is used (step, rank, ...). So a resumed run draws the same numbers, and no
+    two purposes share a random stream.
+    """
+    text = f'{seed} {purpose} {where}'
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:8], 'little') >> 1  # torch takes seeds of 63 bits
+
+
+def generator_for(seed, purpose, *where, device='cpu'):
+    """A torch.Generator seeded by seed_for(seed, purpose, *where)."""
+    return torch.Generator(device).manual_seed(seed_for(seed, purpose, *where))
+
+
+def learning_rate_at(step, config):
+    """
+    The learning rate of a step: linear warm-up over warmup_iters, then by lr_schedule down to
+    min_lr at lr_decay_iters (0 = max_iters), where it stays. decay_lr=False: learning_rate at every
+    step.
+
+    'cosine'    half a cosine (arXiv 1608.03983)
+    'linear'    a straight line
+    'wsd'       warm-up, stable, decay: linear over the last cooldown_frac (arXiv 2405.18392)
+    'constant'  no decay
+    """
+    peak = config['learning_rate']
+    floor = config.get('min_lr', 0.0)
+    warmup = config['warmup_iters']
+    end = config.get('lr_decay_iters') or config['max_iters']
+    schedule = config.get('lr_schedule', 'cosine')
+    if schedule not in ('cosine', 'linear', 'wsd', 'constant'):
+        raise ValueError('lr_schedule must be one of cosine, linear, wsd, constant; '
+                         f'got {schedule!r}')
+    if not config.get('decay_lr', True):
+        return peak
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+
+    # t goes from 0 at the end of the warm-up to 1 at the end of the decay
+    t = min(1.0, (step - warmup) / max(1, end - warmup))
+    if schedule == 'cosine':
+        share = 0.5 * (1 + math.cos(math.pi * t))
+    elif schedule == 'linear':
+        share = 1 - t
+    elif schedule == 'wsd':
+        share = min(1.0, (1 - t) / max(1e-9, config.get('cooldown_frac', 0.2)))
+    else:
+        share = 1.0
+    return floor + share * (peak - floor)
+
+
+def schedule_factor(step, config):
+    """The learning rate of a step as a share of its peak. It scales the rate of every parameter
+    group, so that one schedule serves groups of different rates."""
+    # With a rate of 0, the other groups still follow the schedule.
+    peak = config['learning_rate'] or 1.0
+    return learning_rate_at(step, dict(config, learning_rate=peak)) / peak
+
+
+def restore_optimizers(optimizers, checkpoint):
+    """
+    Load the optimizers' state (moments and momentum) from a checkpoint, if it has some. Rates and
+    decay stay those of this run's settings. ValueError for a state of other shapes or types, which
+    could crash the optimizer.
+    """
+    for optimizer, saved in zip(optimizers, checkpoint.get('optimizer', [])):
+        groups = optimizer.state_dict()['param_groups']
+        parameters = [p for group in optimizer.param_groups for p in group['params']]
+        for index, state in saved['state'].items():
+            check_optimizer_state(index, state, parameters)
+        optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
+
+
+def check_optimizer_state(index, state, parameters):
+    """ValueError unless `state` is what AdamW or Muon saves for the parameter number `index`."""
+    if type(index) is not int or not 0 <= index < len(parameters):
+        raise ValueError(f'the checkpoint has optimizer state of a parameter {index!r}, but there '
+                         f'are {len(parameters)}')
+    shape = parameters[index].shape
+    for name, value in state.items():
+        if name not in ('step', 'exp_avg', 'exp_avg_sq', 'momentum_buffer'):
+            raise ValueError(f'the checkpoint has an unknown optimizer state {name!r}')
+        expected = torch.Size() if name == 'step' else shape
+        is_float = isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+        if not is_float or value.shape != expected:
+            raise ValueError(f'the optimizer state {name!r} of parameter {index} in the checkpoint '
+                             f'must be a float tensor of shape {tuple(expected)}')
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints: plain dicts of tensors and primitives, never half-written, never run as code
+
+@contextlib.contextmanager
+def write_atomically(path, keep=None):
+    """
+    A binary file that appears under its name only when it is complete and on the disk. Until then
+    the old file stays; from then on the old file has the name `keep`, if that is given.
+    """
+    temporary = f'{path}.tmp'
+    try:
+        with open(temporary, 'wb') as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        # The new file is complete: now, and not before, the old one gives up its name.
+        if keep and os.path.exists(path):
+            keep_old_file(path, keep)
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
+def keep_old_file(path, keep):
+    """Give the file at `path` the second name `keep`, so that at no moment either name is without
+    a file. (On a file system without hard links, `path` is without one for a moment.)"""
+    temporary = f'{keep}.tmp'
+    if os.path.exists(keep) and os.path.samefile(path, keep):
+        return  # a run that was killed had got this far
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(temporary)  # left by a run that was killed
+    try:
+        os.link(path, temporary)
+        os.replace(temporary, keep)
+    except OSError:  # a file system without hard links
+        os.replace(path, keep)
+
+
+def save_checkpoint(out_dir, checkpoint, name='ckpt.pt', final=True):
+    """
+    Write out_dir/name so that a crash at any moment leaves a complete checkpoint; the ckpt.pt
+    before it is kept as ckpt_prev.pt. On a full disk the old one stays: OSError, or a warning if
+    this is not the final save. ValueError, and nothing is written, if a weight is not finite.
+    """
+    # A model that has diverged must not replace a good one.
+    tensors = checkpoint['model'] | checkpoint.get('policy', {})  # in PPO with the value head
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"step {checkpoint['step']}: {key} has values that are not finite, so "
+                             f'nothing is saved; the last checkpoint in {out_dir} is kept')
+    path = os.path.join(out_dir, name)
+    keep = os.path.join(out_dir, 'ckpt_prev.pt') if name == 'ckpt.pt' else None
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        with write_atomically(path, keep) as f:
+            torch.save(checkpoint, f)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        weights = sum(tensor.nbytes for tensor in checkpoint['model'].values())
+        text = (f'{path} could not be saved; about {3 * weights:,} bytes are needed for weights '
+                f'and optimizer state, and the previous checkpoint is kept ({error})')
+        if final:
+            raise OSError(text) from error
+        print('warning:', text)
+
+
+def load_checkpoint(path, name='ckpt.pt'):
+    """
+    The checkpoint at a path or, with this name, in a run's folder, on the CPU; its checksums are
+    verified. If it is damaged or missing in a folder, ckpt_prev.pt is loaded and that is printed.
+    ValueError if neither can be read.
+    """
+    if not os.path.isdir(path):
+        return read_checkpoint(path)
+    current = os.path.join(path, name)
+    previous = os.path.join(path, 'ckpt_prev.pt')
+    try:
+        return read_checkpoint(current)
+    except ValueError as error:
+        if not os.path.exists(previous):
+            raise
+        checkpoint = read_checkpoint(previous)
+        print(f"{error}; loading {previous}, step {checkpoint['step']}")
+        return checkpoint
+
+
+def read_checkpoint(path):
+    """The checkpoint file at `path`. Only tensors and primitives are read; nothing in it is run."""
+    if not os.path.exists(path):
+        raise ValueError(f'{path}: no such checkpoint; train one, or name another folder')
+    try:
+        # A checkpoint is a zip archive, whose checksums tell damage.
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+            if size > os.path.getsize(path):  # its members are not compressed
+                raise ValueError('truncated file')
+            damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f'wrong checksum of {damaged}')
+        # weights_only: no code in the file is run.
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        if not {'model', 'model_args', 'step', 'config'} <= checkpoint.keys():
+            raise ValueError('not a nanoLLM checkpoint')
+        return checkpoint
+    except Exception as error:
+        reason = ' '.join(str(error).split())[:100]
+        raise ValueError(f'{path}: damaged or foreign checkpoint ({reason})') from error
+
+
+def move_old_run_aside(out_dir):
+    """Move what another run left in a folder to before.1 in it, or to the next free number."""
+    names = ['log.jsonl', 'curves.png', 'tensorboard', 'tokenizer.json', 'ckpt_prev.pt',
+             'ckpt_best.pt', 'ckpt.pt']
+    names = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
+    if not any(name.startswith('ckpt') for name in names):
+        return
+    # The first number that is free; earlier runs stay where they were moved.
+    for number in itertools.count(1):
+        folder = os.path.join(out_dir, f'before.{number}')
+        if not os.path.exists(folder):
+            break
+    os.mkdir(folder)
+    for name in names:
+        os.rename(os.path.join(out_dir, name), os.path.join(folder, name))
+    print(f'{out_dir} held another run, which is now in {folder}')
+
+
+# -----------------------------------------------------------------------------
+# Stopping
 
 class StopSignal:
-    """SIGTERM and Ctrl-C end the step, not the process: the loop asks `requested`, saves, and leaves with
-    `exit_code`. A second Ctrl-C quits at once."""
-    requested, exit_code = False, 128 + signal.SIGTERM
+    """SIGTERM and Ctrl-C end the step, not the process: the loop asks `requested`, saves, and exits
+    with `exit_code`. A second Ctrl-C quits at once."""
 
     def __init__(self):
-        signal.signal(signal.SIGTERM, self.handle), signal.signal(signal.SIGINT, self.handle)
+        self.requested = False
+        self.exit_code = 0
+        signal.signal(signal.SIGTERM, self.handle)
+        signal.signal(signal.SIGINT, self.handle)
 
     def handle(self, number, frame):
-        self.requested, self.exit_code = True, 128 + number
+        self.requested = True
+        self.exit_code = 128 + number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def by_any_rank(self, run):
-        """Whether a rank was asked to stop. All ranks ask together, so that they end after the same step."""
-        return sum_over_ranks(torch.tensor(float(self.requested), device=run.device)).item() > 0
+        """Whether any rank was asked to stop. All ranks ask together, so that they end after the
+        same step."""
+        requested = torch.tensor(float(self.requested), device=run.device)
+        return sum_over_ranks(requested).item() > 0
 
-    def leave(self, run, stopping, step, out_dir):
-        """The end of the ranks' work together: the first goes on alone, or where a signal ended it says how to go on and ends."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)  # as before
-        if run.world > 1:
-            torch.distributed.barrier()  # none leaves while another still works
+    def end_training(self, run, stopping, step, out_dir):
+        """End the ranks' work together: only rank 0 returns. If a signal stopped the run, rank 0
+        prints the command that resumes it and exits too."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on they end the process again
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        exit_code = self.exit_code or 128 + signal.SIGTERM  # 0: another rank received the signal
+        if run.world_size > 1:
+            torch.distributed.barrier()  # no rank leaves while another still works
             torch.distributed.destroy_process_group()
-            if not run.master:  # it is done; where threads of gloo's still wind down an ordinary exit now and then aborts
-                sys.stdout.flush(), sys.stderr.flush()
-                os._exit(self.exit_code if stopping else 0)
+            if not run.is_master:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                # An ordinary exit now and then aborts, while threads of gloo still end.
+                os._exit(exit_code if stopping else 0)
         if stopping:
             script = os.path.basename(sys.argv[0])
-            print(f'stopped at step {step}; go on with: python {script} --init_from=resume --out_dir={out_dir}')
-            sys.exit(self.exit_code)
+            print(f'stopped at step {step}; resume with: python {script} --init_from=resume '
+                  f'--out_dir={out_dir}')
+            sys.exit(exit_code)
 
-def peak_memory_mb(kind='cpu'):
-    """The most memory this process has held, in MB (2^20 bytes): on the GPU if there is one, else resident."""
-    import resource  # not on Windows
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
-    return torch.cuda.max_memory_allocated() / 2**20 if kind == 'cuda' else resident
 
-def learning_rate_at(step, config):
-    """The learning rate of a step: linear warm-up over warmup_iters, then by `lr_schedule` down to min_lr at
-    lr_decay_iters (0 = max_iters), where it stays: 'cosine' (arXiv 1608.03983), 'linear', 'wsd' (warm-up, stable,
-    decay: flat until the last cooldown_frac, then linear; arXiv 2405.18392), 'constant' (so is decay_lr=False)."""
-    top, low, warmup = config['learning_rate'], config.get('min_lr', 0.0), config['warmup_iters']
-    end = config.get('lr_decay_iters') or config['max_iters']
-    kind = config.get('lr_schedule', 'cosine') if config.get('decay_lr', True) else 'constant'
-    t = min(1.0, (step - warmup) / max(1, end - warmup))  # from 0, the end of warm-up, to 1, the end of decay
-    falls = {'cosine': 0.5 * (1 + math.cos(math.pi * t)), 'linear': 1 - t, 'constant': 1.0,
-             'wsd': min(1.0, (1 - t) / max(1e-9, config.get('cooldown_frac', 0.2)))}
-    if kind not in falls:
-        raise ValueError(f'lr_schedule must be one of {", ".join(falls)}; got {kind!r}')
-    if step < warmup:
-        return top * (step + 1) / (warmup + 1)
-    return low + falls[kind] * (top - low)
+# -----------------------------------------------------------------------------
+# The log
 
-# ----- The log
+# Files that a run writes under a temporary name first; a killed run may leave one behind.
+TEMPORARY_FILES = ('ckpt.pt.tmp', 'ckpt_prev.pt.tmp', 'ckpt_best.pt.tmp', 'log.jsonl.tmp')
+
+
+def duration(seconds):
+    """
+    >>> duration(75), duration(7500)
+    ('1:15', '2:05:00')
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
+
+
+def lock_run_folder(out_dir):
+    """
+    Take the lock of a run's folder, which one process can hold, and return it. It is released when
+    it is garbage-collected or the process ends, however it ends. ValueError, naming the process, if
+    another one holds it.
+    """
+    lock = FileLock(os.path.join(out_dir, 'run.lock'))
+    holder = os.path.join(out_dir, 'run.pid')
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        with open(holder, encoding='utf-8') as f:
+            process = one_line(f.read())
+        raise ValueError(f'{out_dir}: process {process} is using this folder; wait for its end, or '
+                         'give another out_dir') from None
+    with open(holder, 'w', encoding='utf-8') as f:
+        f.write(f'{os.getpid()} ({os.path.basename(sys.argv[0])})')
+    return lock
+
 
 class Logger:
-    """A run's records, kept by rank 0: one aligned line a step on the screen, log.jsonl, and by their switches
-    TensorBoard (tensorboard_log) and wandb (wandb_log); at the end curves.png. A run resumed at `step` (None = a fresh
-    one) drops the lines from there on, which it will write again; what is left of a save that was killed is removed."""
+    """
+    A run's records, written by rank 0: an aligned line per logged step on the screen, log.jsonl,
+    and if switched on TensorBoard (tensorboard_log) and wandb (wandb_log).
 
-    def __init__(self, out_dir, config, step=None, master=True):
-        self.out_dir, self.board, self.wandb = out_dir, None, None
-        if not master:
-            self.log = self.final = lambda *ignored: None
+    A run resumed at `step` (None = a fresh run) drops the records from that step on, which it will
+    write again. A fresh run moves an older run in the folder aside.
+    """
+
+    def __init__(self, out_dir, config, step=None, is_master=True):
+        self.out_dir = out_dir
+        self.is_master = is_master
+        self.last_step = config.get('max_iters', 0)
+        self.first = None  # (step, time) of the first record, to estimate the time left
+        self.tensorboard = None
+        self.wandb = None
+        if not is_master:
             return
-        if step is None:
-            set_aside(out_dir)  # nothing saved is ever lost
+        # 1. the folder: no other run may use it, and nothing saved is ever lost
         os.makedirs(out_dir, exist_ok=True)
-        for stale in glob.glob('*.tmp', root_dir=out_dir):
-            os.remove(os.path.join(out_dir, stale))
-        kept = [r for r in read_log(out_dir) if step and r.get('step', step) < step]
-        with replacing(os.path.join(out_dir, 'log.jsonl')) as f:
-            f.writelines(json.dumps(r).encode() + b'\n' for r in kept)
+        self.lock = lock_run_folder(out_dir)
+        if step is None:
+            move_old_run_aside(out_dir)
+        for name in TEMPORARY_FILES:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(out_dir, name))
+        # 2. the records before this step
+        kept = [record for record in read_log(out_dir) if step and record.get('step', step) < step]
+        with write_atomically(os.path.join(out_dir, 'log.jsonl')) as f:
+            for record in kept:
+                f.write(json.dumps(record).encode() + b'\n')
+        # 3. other logs, if they are switched on
         if config.get('tensorboard_log'):
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(os.path.join(out_dir, 'tensorboard'), purge_step=step or 0)
+            self.tensorboard = SummaryWriter(os.path.join(out_dir, 'tensorboard'),
+                                             purge_step=step or 0)
         if config.get('wandb_log'):
             import wandb
-            project, name = config.get('wandb_project', 'nanollm'), config.get('wandb_run_name', os.path.basename(out_dir))
-            self.wandb = wandb.init(project=project, name=name, config=config, dir=out_dir)
+            self.wandb = wandb.init(project=config.get('wandb_project', 'nanollm'),
+                                    name=config.get('wandb_run_name', os.path.basename(out_dir)),
+                                    config=config, dir=out_dir)
 
     def write(self, record):
-        """Append a line to log.jsonl; what is not finite is null there, since JSON has no NaN."""
+        """Append a record to log.jsonl. JSON has no NaN, so what is not finite becomes null."""
         record = json.loads(json.dumps(record), parse_constant=lambda constant: None)
         try:
             with open(os.path.join(self.out_dir, 'log.jsonl'), 'a', encoding='utf-8') as f:
                 f.write(json.dumps(record) + '\n')
-        except OSError as e:  # a full disk
-            print('warning: not logged:', e)
+        except OSError as error:  # a full disk does not stop a run
+            print('warning: not logged:', error)
 
     def log(self, step, metrics):
-        """Record {name: number} of a step. The shares of experts, moe/..., are too many for the screen."""
-        metrics = {k: float(v) for k, v in metrics.items()}
+        """Record {name: number} of a step. The loads of single experts, moe/..., are too many for
+        the screen."""
+        if not self.is_master:
+            return
+        # The record on disk has all metrics; the line on the screen leaves out single experts.
+        metrics = {name: float(value) for name, value in metrics.items() if value is not None}
         self.write({'step': step, **metrics})
-        text = (f'{k} {v:>10{".0f" if abs(v) >= 1000 else ".5g"}}' for k, v in metrics.items() if not k.startswith('moe/'))
-        print(f'step {step:>6}', *text, sep=' | ', flush=True)
-        if self.board:
-            for k, v in metrics.items():
-                self.board.add_scalar(k, v, step)
-            self.board.flush()
+        columns = [f'step {step:>6}/{self.last_step}']
+        if self.first is None:
+            self.first = step, time.perf_counter()
+        first_step, began = self.first
+        if first_step < step < self.last_step:
+            seconds_per_step = (time.perf_counter() - began) / (step - first_step)
+            columns.append(f'{duration(seconds_per_step * (self.last_step - step)):>7} left')
+        for name, value in metrics.items():
+            if not name.startswith('moe/'):
+                columns.append(f'{name} {value:>10.0f}' if abs(value) >= 1000
+                               else f'{name} {value:>10.5g}')
+        print(' | '.join(columns), flush=True)
+        if self.tensorboard:
+            for name, value in metrics.items():
+                self.tensorboard.add_scalar(name, value, step)
+            self.tensorboard.flush()
         if self.wandb:
             self.wandb.log(metrics, step=step)
 
     def final(self, figures):
-        """The run's last line, on the screen and in log.jsonl."""
+        """Print and record the final figures of a run (None is omitted), end its wandb run, and
+        release the folder."""
+        if not self.is_master:
+            return
+        figures = {name: value for name, value in figures.items() if value is not None}
         self.write({'final': figures})
         if self.wandb:
             self.wandb.summary.update(figures)
             self.wandb.finish()
-        from assets.draw import draw
-        draw([self.out_dir], os.path.join(self.out_dir, 'curves.png'))
-        print('final:', ', '.join(f'{k} {v:,.4f}' if isinstance(v, float) else f'{k} {v}' for k, v in figures.items()))
+        texts = [f'{name} {value:,.4f}' if isinstance(value, float) else f'{name} {value}'
+                 for name, value in figures.items()]
+        print('final:', ', '.join(texts))
+        self.lock.release()
+
 
 def read_log(out_dir):
-    """The records of out_dir/log.jsonl; a last line that a crash cut short is left out."""
+    """The records of out_dir/log.jsonl. Lines that are not records, such as a last line that a
+    crash cut short, are skipped."""
+    path = os.path.join(out_dir, 'log.jsonl')
+    if not os.path.exists(path):
+        return []
     records = []
-    with contextlib.suppress(FileNotFoundError), open(os.path.join(out_dir, 'log.jsonl'), encoding='utf-8') as f:
+    with open(path, encoding='utf-8', errors='replace') as f:
         for line in f:
-            with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(record, dict):
+                records.append(record)
     return records
-
-if __name__ == "__main__":
-    # -----------------------------------------------------------------------------
-    out = 'compare.png'  # the picture to write
-    metrics = ''         # draw these alone, with commas between, as loss,val_loss; '' = all
-    first = 0            # draw from this step on
-    # -----------------------------------------------------------------------------
-    folders = [a.rstrip('/') for a in sys.argv[1:] if not a.startswith('-')]
-    sys.argv[1:] = [a for a in sys.argv[1:] if a.startswith('-')]
-    configure(globals())
-    from assets.draw import compare
-    compare(folders, out, metrics, first)

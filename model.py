@@ -1,582 +1,1090 @@
 """
-The transformer, once, for every stage: from the attention of 'Attention Is All You Need' written
-out by hand to GPT-2, Llama, Mistral, Qwen and Mixtral, which are settings of its flags.
+The transformer, used by every stage. Its flags range from the original decoder to GPT-2, Llama,
+Mistral, Qwen and Mixtral, which are settings of GPTConfig; the default is Qwen3's architecture.
 
-Letters that trail the lines that reshape:
-B batch   T time (tokens)   S keys (T without a cache)   C n_embd   V vocabulary
-nh heads   nkv key/value heads   hs head size   E experts   N tokens of a batch, B * T
+Letters for the sizes of tensors, written after the lines that reshape:
+B  batch                      nh  query heads
+T  time: tokens of a pass     nkv key/value heads
+S  keys that are attended to  hs  head size
+C  channels, n_embd           N   tokens in one list: all B * T, or those that are selected
+V  vocabulary                 E   experts
 """
+import contextlib
 import math
-from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+
 @dataclass
 class GPTConfig:
-    """The architecture. ValueError, naming both settings, where two of them cannot go together."""
+    """
+    The architecture. 0 in n_kv_head, head_dim and n_hidden means the usual value, which the
+    properties kv_heads, head_size and hidden_size compute. ValueError for settings that exclude
+    each other.
+    """
     block_size: int = 256       # context length, in tokens
     vocab_size: int = 261       # 256 bytes and 5 special tokens
     n_layer: int = 4
-    n_head: int = 4
-    n_kv_head: int = 0          # key/value heads, each shared by n_head / n_kv_head query heads (GQA); 0 = n_head
+    n_head: int = 4             # query heads
+    n_kv_head: int = 0          # key/value heads, fewer for grouped queries; 0 = n_head
     n_embd: int = 128
     head_dim: int = 0           # 0 = n_embd / n_head
-    n_hidden: int = 0           # width of the MLP; 0 = 4 C, or 8/3 C for SwiGLU, which has a third matrix
+    n_hidden: int = 0           # width of the MLP; 0 = 4 n_embd, or 8/3 n_embd for SwiGLU
     dropout: float = 0.0
     bias: bool = False          # in linear layers and LayerNorm
-    qkv_bias: bool = False      # in the query, key and value projections alone, as Qwen2 has it
+    qkv_bias: bool = False      # in the query, key and value projections only, as in Qwen2
     norm: str = 'rmsnorm'       # 'layernorm' | 'rmsnorm'
     norm_eps: float = 1e-5
     pos: str = 'rope'           # 'learned' | 'sinusoidal' | 'rope'
     rope_base: float = 10000.0
+    rope_scaling: str = ''      # '' | 'linear' | 'llama3': frequencies for a longer context
+    rope_factor: float = 1.0    # how much longer
+    rope_low_freq_factor: float = 1.0     # these three are explained in rope_frequencies
+    rope_high_freq_factor: float = 4.0
+    rope_original_context: int = 8192
     mlp: str = 'swiglu'         # 'gelu' | 'gelu_tanh' (GPT-2's approximation) | 'swiglu' | 'relu2'
-    qk_norm: bool = False       # RMSNorm on queries and keys, a head at a time (after arXiv 2010.04245)
-    window: int = 0             # a token sees the last `window` tokens, itself counted; 0 = all
-    n_sink: int = 0             # the first tokens, which stay visible behind the window
-    n_expert: int = 0           # experts a layer; 0 = dense
-    n_expert_active: int = 2    # experts a token is sent to
-    n_shared_expert: int = 0    # experts that see every token, beside those
-    moe_balance: str = 'aux'    # what keeps all experts in use: 'aux' (a loss) | 'bias' (of the choice) | 'none'
-    moe_every: int = 1          # 1 = every layer has experts, 2 = every other layer stays dense
-    tie_weights: bool = True    # the output head is the token embedding (arXiv 1608.05859)
+    qk_norm: bool = True        # RMSNorm on the queries and keys of each head, as in Qwen3
+    window: int = 0             # a token sees the last `window` tokens, itself included; 0 = all
+    n_sink: int = 0             # first tokens that stay visible behind the window
+    n_expert: int = 0           # experts per layer (mixture of experts); 0 = dense
+    n_expert_active: int = 2    # experts per token
+    n_shared_expert: int = 0    # further experts that see every token
+    moe_balance: str = 'aux'    # how the load is balanced: 'aux' (a loss) | 'bias' | 'none'
+    moe_every: int = 1          # 1 = experts in every layer, 2 = in every second layer
+    tie_weights: bool = True    # the output layer is the token embedding (arXiv 1608.05859)
     causal: bool = True         # False = a bidirectional encoder
-    attn: str = 'auto'          # 'auto' | 'sdpa' (PyTorch's fused attention) | 'manual' (written out by hand)
+    attn: str = 'auto'          # 'auto', 'sdpa': fused by PyTorch | 'manual': attention() below
+
+    @property
+    def kv_heads(self):
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_size(self):
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def hidden_size(self):
+        if self.n_hidden:
+            return self.n_hidden
+        if self.mlp == 'swiglu':
+            # A third matrix; 8/3 keeps the number of parameters. Rounded to a multiple of 8.
+            return 8 * max(1, round(self.n_embd / 3))
+        return 4 * self.n_embd
+
+    @property
+    def window_size(self):
+        """The number of last tokens that a query sees, besides the sinks. Without a window this is
+        all that is left of block_size."""
+        return self.window or self.block_size - self.n_sink
+
+    def resolved(self):
+        """All flags as a dict, with the usual values in place of 0."""
+        return asdict(self) | {'n_kv_head': self.kv_heads, 'head_dim': self.head_size,
+                               'n_hidden': self.hidden_size}
 
     def __post_init__(self):
-        for name, allowed in (('norm', NORM), ('pos', ('learned', 'sinusoidal', 'rope')), ('mlp', ACT),
-                              ('attn', ('auto', 'sdpa', 'manual')), ('moe_balance', ('aux', 'bias', 'none'))):
+        choices = {
+            'norm': ('layernorm', 'rmsnorm'),
+            'pos': ('learned', 'sinusoidal', 'rope'),
+            'rope_scaling': ('', 'linear', 'llama3'),
+            'mlp': ('gelu', 'gelu_tanh', 'relu2', 'swiglu'),
+            'attn': ('auto', 'sdpa', 'manual'),
+            'moe_balance': ('aux', 'bias', 'none'),
+        }
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f'{name} must be one of {", ".join(allowed)}; got {getattr(self, name)!r}')
-        for least, names in ((1, ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'moe_every')),
-                             (0, ('n_kv_head', 'head_dim', 'n_hidden', 'window', 'n_sink', 'n_expert'))):
-            for name in names:
-                if getattr(self, name) < least:
-                    raise ValueError(f'{name} must be at least {least}; got {getattr(self, name)}')
+                raise ValueError(f'{name} must be one of {", ".join(allowed)}; '
+                                 f'got {getattr(self, name)!r}')
+        at_least_one = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'moe_every')
+        at_least_zero = ('n_kv_head', 'head_dim', 'n_hidden', 'window', 'n_sink', 'n_expert')
+        for name in at_least_one + at_least_zero:
+            least = 1 if name in at_least_one else 0
+            if getattr(self, name) < least:
+                raise ValueError(f'{name} must be at least {least}; got {getattr(self, name)}')
+
+        # heads and positions
         if not self.head_dim and self.n_embd % self.n_head:
-            raise ValueError(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head} (or set head_dim)')
-        self.n_kv_head = self.n_kv_head or self.n_head
-        self.head_dim = self.head_dim or self.n_embd // self.n_head
-        self.n_hidden = self.n_hidden or (4 * self.n_embd if self.mlp != 'swiglu' else  # the same parameters
-                                          8 * max(1, round(8 * self.n_embd / 3 / 8)))
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f'n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}')
-        if self.pos == 'rope' and self.head_dim % 2:
-            raise ValueError(f"pos 'rope' turns pairs: head_dim {self.head_dim} must be even")
+            raise ValueError(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head} '
+                             '(or set head_dim)')
+        if self.n_head % self.kv_heads:
+            raise ValueError(f'n_head {self.n_head} must be a multiple of n_kv_head '
+                             f'{self.kv_heads}')
+        if self.pos == 'rope' and self.head_size % 2:
+            raise ValueError(f"pos 'rope' rotates pairs: head_dim {self.head_size} must be even")
         if self.pos == 'sinusoidal' and self.n_embd % 2:
             raise ValueError(f"pos 'sinusoidal' makes pairs: n_embd {self.n_embd} must be even")
+
+        # what a token sees
         if max(1, self.window) + self.n_sink > self.block_size:
-            raise ValueError(f'window {self.window} + n_sink {self.n_sink} must fit in block_size {self.block_size}, '
-                             'and a token must see itself')
+            raise ValueError(f'window {self.window} + n_sink {self.n_sink} must fit in block_size '
+                             f'{self.block_size}, and a token must see itself')
         if not self.causal and (self.window or self.n_sink):
-            raise ValueError(f'causal False sees everything: window {self.window} and n_sink {self.n_sink} must be 0')
+            raise ValueError(f'causal False sees everything: window {self.window} and n_sink '
+                             f'{self.n_sink} must be 0')
+
+        # experts
         if self.n_expert and not 1 <= self.n_expert_active <= self.n_expert:
-            raise ValueError(f'n_expert_active {self.n_expert_active} must be from 1 to n_expert {self.n_expert}')
-        if self.n_shared_expert and not 0 < self.n_shared_expert * self.n_expert:
-            raise ValueError(f'n_shared_expert {self.n_shared_expert} must be 0 or go with n_expert {self.n_expert}')
+            raise ValueError(f'n_expert_active {self.n_expert_active} must be from 1 to n_expert '
+                             f'{self.n_expert}')
+        if self.n_shared_expert < 0 or (self.n_shared_expert and not self.n_expert):
+            raise ValueError(f'n_shared_expert {self.n_shared_expert} must be 0 or used with '
+                             f'n_expert {self.n_expert}')
         if self.n_expert and self.moe_every > self.n_layer:
             raise ValueError(f'moe_every {self.moe_every} must be from 1 to n_layer {self.n_layer}')
 
-NORM = {'layernorm': lambda size, c: nn.LayerNorm(size, c.norm_eps, bias=c.bias),  # arXiv 1607.06450
-        'rmsnorm': lambda size, c: nn.RMSNorm(size, c.norm_eps)}  # arXiv 1910.07467
-ACT = {'gelu': F.gelu, 'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'), 'relu2': lambda x: F.relu(x).square(), 'swiglu': F.silu}
 
-# whether this CPU multiplies in bfloat16; others emulate it, many times slower
-BF16_CPU = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+def make_norm(config, size):
+    """LayerNorm (arXiv 1607.06450) or RMSNorm (arXiv 1910.07467) over `size` channels."""
+    if config.norm == 'layernorm':
+        return nn.LayerNorm(size, config.norm_eps, bias=config.bias)
+    return nn.RMSNorm(size, config.norm_eps)
 
-class Linear(nn.Linear):
-    """nn.Linear, for which `prepare` finds a faster way while a CPU generates."""
-    fast = None
-
-    def prepare(self, n):
-        """Until n = 0, for n tokens at a time and this weight: a copy of it in the blocks that oneDNN reads, into which it is
-        else brought every time, in float32 where bfloat16 is emulated; or, for a single token, all cores instead of one."""
-        w, b, self.fast = self.weight.detach(), self.bias, None
-        cores = math.gcd(torch.get_num_threads(), self.out_features)  # that can share the rows of w evenly
-        dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else w.dtype
-        if not w.is_cpu or n * w.numel() < 2 ** 18 or dtype not in (torch.float32, torch.bfloat16):  # small ones gain nothing
-            return
-        if torch.backends.mkldnn.is_available() and (n > 2 or BF16_CPU and dtype == torch.bfloat16):
-            kept = dtype if BF16_CPU else torch.float32
-            w, b = torch.ops.mkldnn._reorder_linear_weight(w.to(kept)), b if b is None else b.detach().to(kept)
-            self.fast = lambda x: torch.ops.mkldnn._linear_pointwise(x.to(kept), w, b, 'none', [], '').to(x.dtype)
-        elif cores > 1 and w.dtype == torch.float32:
-            rows = w.view(cores, -1, self.in_features)
-            self.fast = lambda x: F.linear(x, w, b) if x.numel() != w.size(1) else torch.bmm(
-                rows, x.reshape(1, -1).T.expand(cores, -1, -1)).view(*x.shape[:-1], -1) + (0 if b is None else b)
-
-    def forward(self, x):
-        return super().forward(x) if self.fast is None or torch.is_grad_enabled() else self.fast(x)
 
 # -----------------------------------------------------------------------------
 # Positions
 
 def sinusoidal(pos, n_embd):
-    """Position encodings of arXiv 1706.03762, section 3.5: sin(pos / 10000^(2i/C)) in the even and the
-    cosine of it in the odd channels. pos (..., T) -> (..., T, C)."""
-    rate = 10000.0 ** (-torch.arange(0, n_embd, 2, device=pos.device) / n_embd)
-    angle = pos[..., None] * rate
+    """Position encodings of arXiv 1706.03762, section 3.5: sin(pos / 10000^(2i/C)) in the even
+    channels, the cosine in the odd ones. pos (..., T) -> (..., T, C)."""
+    frequencies = 10000.0 ** (-torch.arange(0, n_embd, 2, device=pos.device) / n_embd)
+    angle = pos[..., None] * frequencies                              # (..., T, C/2)
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
 
-def rope_table(pos, head_dim, base):
-    """Cosine and sine of pos / base^(2i/hs), each (..., 1, T, hs), for both halves of a head, the sines of the first below 0.
-    In float64 where the device has it: a float32 angle is off by a hundredth of a turn after a million tokens."""
-    exact = torch.float32 if pos.device.type == 'mps' else torch.float64
-    rate = base ** (-torch.arange(0, head_dim, 2, device=pos.device, dtype=exact) / head_dim)
-    angle = (pos[..., None] * torch.cat((-rate, rate))).unsqueeze(-3)  # of an angle below 0 the sine changes its sign
+
+def rope_frequencies(config):
+    """
+    The angle per position of each pair of channels, base^(-2i/hs), (hs/2,) in float64.
+
+    For a longer context than that of training they are divided by rope_factor: with 'linear' all of
+    them (arXiv 2306.15595); with 'llama3' only those of pairs that make fewer than
+    rope_low_freq_factor turns within rope_original_context tokens, while pairs with more than
+    rope_high_freq_factor turns stay as they are, and between the two there is a smooth transition
+    (Llama 3.1; the same as transformers).
+    """
+    c = config
+    pair = torch.arange(0, c.head_size, 2, dtype=torch.float64)
+    frequencies = c.rope_base ** (-pair / c.head_size)
+    if c.rope_scaling == 'linear':
+        return frequencies / c.rope_factor
+    if c.rope_scaling == 'llama3':
+        turns = c.rope_original_context * frequencies / (2 * math.pi)
+        kept = (turns - c.rope_low_freq_factor) / (c.rope_high_freq_factor - c.rope_low_freq_factor)
+        kept = kept.clamp(0, 1)  # 1 = unchanged, 0 = divided by the factor
+        return frequencies * (kept + (1 - kept) / c.rope_factor)
+    return frequencies
+
+
+def rope_table(pos, frequencies):
+    """
+    Cosine and sine of the angle of every position and pair of channels.
+    pos (B, T), frequencies (hs/2,) -> each (B, 1, T, hs/2), the 1 standing for all heads.
+    """
+    # In float64, where the device has it: after a million tokens a float32 angle is off by 0.06.
+    dtype = torch.float32 if pos.device.type == 'mps' else torch.float64
+    angle = pos[:, None, :, None] * frequencies.to(pos.device, dtype)
     return angle.cos().float(), angle.sin().float()
 
+
 def rotate(x, rope):
-    """RoPE (arXiv 2104.09864; its pairs are neighbours, Llama's i and i + hs/2): turn a pair (a, b) by its position's angle to
-    (a cos - b sin, b cos + a sin), so that a score depends on the distance of the two positions alone. x (B, heads, T, hs)."""
-    (cos, sin), wide = rope, x.float()
-    return torch.addcmul(wide * cos, wide.roll(x.size(-1) // 2, dims=-1), sin).to(x.dtype)
+    """
+    RoPE (arXiv 2104.09864): rotate each pair of channels by its position's angle. Then the product
+    of a query and a key depends only on the distance of their positions. x (B, heads, T, hs) -> the
+    same, in float32. Channel i is paired with channel i + hs/2, as in Llama; in the paper, with its
+    neighbour.
+
+    A pair (1, 0) at position 2, with one radian per position, ends up at (cos 2, sin 2):
+
+    >>> table = rope_table(torch.tensor([[2]]), torch.tensor([1.0]))
+    >>> rotate(torch.tensor([[[[1.0, 0.0]]]]), table)
+    tensor([[[[-0.4161,  0.9093]]]])
+    """
+    cos, sin = rope
+    x1, x2 = x.float().chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
 
 def visible(q_pos, k_pos, window, n_sink, causal=True):
-    """The one rule of who sees whom, from positions alone: the past, no further back than the window
-    (arXiv 2310.06825) or among the sinks (arXiv 2309.17453); everyone, for an encoder; never padding,
-    whose position is -1. q_pos (..., T), k_pos (..., S) -> bool (..., T, S)."""
-    q, k = q_pos[..., :, None], k_pos[..., None, :]
+    """
+    Which query sees which key, from their positions alone: True for the past, if it is within the
+    window (arXiv 2310.06825) or among the first n_sink tokens (arXiv 2309.17453); for an encoder,
+    True everywhere. No token sees a padded key, whose position is -1. A padded query sees all keys:
+    its output is never used, but a softmax over no key would be NaN.
+    q_pos (..., T), k_pos (..., S) -> bool (..., T, S).
+
+    >>> visible(torch.arange(5), torch.arange(5), window=2, n_sink=1).int()
+    tensor([[1, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0],
+            [1, 1, 1, 0, 0],
+            [1, 0, 1, 1, 0],
+            [1, 0, 0, 1, 1]], dtype=torch.int32)
+    """
+    q = q_pos[..., :, None]
+    k = k_pos[..., None, :]
+    is_padded_query = q < 0
     if not causal:
-        return (k >= 0) | (q < 0)
-    seen = (k >= 0) & (k <= q) & ((q - k < window) | (k < n_sink))
-    return seen | (q < 0)  # a padded query's output is never read, but a softmax over nothing would be NaN
+        return (k >= 0) | is_padded_query
+    in_window = q - k < window
+    is_sink = k < n_sink
+    return ((k >= 0) & (k <= q) & (in_window | is_sink)) | is_padded_query
+
 
 # -----------------------------------------------------------------------------
-# Attention and its cache
-
-class KVCache:
-    """Keys and values of the tokens seen so far, for every layer, pre-allocated, with the absolute position that each slot holds
-    (-1 = empty). Sinks keep their slots, the rest is a ring: slot = n_sink + (pos - n_sink) % window. The full cache is the case
-    window = block_size. Rows may be of different lengths; the mask reads positions, so the order of slots never matters."""
-    def __init__(self, config, window, batch_size, dtype, device):
-        c, self.n_sink, self.window = config, config.n_sink, window
-        self.n_slot = window + c.n_sink
-        shape = (c.n_layer, batch_size, c.n_kv_head, self.n_slot + 1, c.head_dim)  # the last slot takes what
-        self.k = torch.zeros(shape, dtype=dtype, device=device)                    # need not be kept
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.pos = torch.full((batch_size, self.n_slot + 1), -1, device=device)
-        self.length = torch.zeros(batch_size, dtype=torch.long, device=device)     # next position of each row
-        self.seen = 0                                                              # tokens put in, padding too
-        self.rows = torch.arange(batch_size, device=device)[:, None]
-
-    def extend(self, pos):
-        """Make room for tokens at positions pos (B, T). Returns the positions (B, S) of the keys that
-        `update` will hand to attention: one token reads the cache it has just been written to; the
-        tokens of a chunk must also see what the chunk's own end overwrites, so they read both."""
-        before = self.pos[:, :min(self.seen, self.n_slot)].clone()
-        self.length = torch.maximum(self.length, pos.amax(1) + 1)
-        slot = torch.where(pos < self.n_sink, pos, self.n_sink + (pos - self.n_sink) % self.window)
-        overtaken = (pos >= self.n_sink) & (pos < self.length[:, None] - self.window)
-        self.slot = slot.masked_fill(overtaken | (pos < 0), self.n_slot)
-        self.pos[self.rows, self.slot] = pos
-        self.pos[:, self.n_slot] = -1
-        self.old = 0 if pos.size(1) == 1 else before.size(1)
-        self.single = pos.size(1) == 1
-        self.seen += pos.size(1)
-        return self.pos[:, :min(self.seen, self.n_slot)] if self.single else torch.cat((before, pos), dim=1)
-
-    def update(self, layer, k, v):
-        """Store a layer's new keys and values (B, nkv, T, hs); returns those to attend to (B, nkv, S, hs)."""
-        cached, pair = (self.k[layer], self.v[layer]), (k, v)
-        if self.old:
-            pair = tuple(torch.cat((c[:, :, :self.old], new), dim=2) for c, new in zip(cached, pair))
-        for c, new in zip(cached, (k, v)):
-            c[self.rows, :, self.slot] = new.transpose(1, 2).to(c.dtype)
-        return tuple(c[:, :, :min(self.seen, self.n_slot)] for c in cached) if self.single else pair
+# Attention
 
 def attention(q, k, v, mask, dropout=0.0):
-    """softmax(q k^T / sqrt(hs)) v (arXiv 1706.03762, equation 1), written out by hand. q (B, nh, T, hs),
-    k and v (B, nkv, S, hs), mask bool, broadcast to (B, T, S), True = may look. With nkv < nh the query
-    heads share keys in groups (arXiv 2305.13245), folded into the time of one head. -> (B, nh, T, hs)"""
-    B, nh, T, hs = q.shape
-    nkv, S = k.shape[1:3]
-    q = q.reshape(B, nkv, nh // nkv * T, hs)                          # (B, nkv, G*T, hs)
-    scores = (q @ k.transpose(-2, -1)) * hs ** -0.5                   # (B, nkv, G*T, S)
-    scores = scores.view(B, nkv, nh // nkv, T, S)
-    mask = mask if mask.dim() == 2 else mask[:, None, None]           # (B, 1, 1, T, S)
-    weights = F.softmax(scores.masked_fill(~mask, -math.inf), dim=-1)
-    weights = F.dropout(weights, dropout).view(B, nkv, -1, S)
-    return (weights @ v).view(B, nh, T, v.size(-1))
+    """
+    softmax(q k^T / sqrt(hs)) v (arXiv 1706.03762, equation 1), written out by hand. q (B, nh, T,
+    hs), k and v (B, nkv, S, hs), mask bool (T, S) or (B, T, S), True = visible -> (B, nh, T, hs).
+    If nkv < nh, each key/value head serves nh / nkv query heads (arXiv 2305.13245).
+
+    Three tokens with head size 2; each sees itself and those before it:
+
+    >>> q = torch.tensor([[[[2., 0.], [0., 1.], [2., 1.]]]])
+    >>> k = torch.tensor([[[[0., 1.], [1., 0.], [1., 1.]]]])
+    >>> v = torch.tensor([[[[10., 0.], [0., 20.], [10., 20.]]]])
+    >>> (q @ k.transpose(-2, -1))[0, 0]                         # the products of queries and keys
+    tensor([[0., 2., 2.],
+            [1., 0., 1.],
+            [1., 2., 3.]])
+    >>> mask = torch.ones(3, 3, dtype=torch.bool).tril()
+    >>> attention(q, k, torch.eye(3)[None, None], mask)[0, 0]   # the weights: values = identity
+    tensor([[1.0000, 0.0000, 0.0000],
+            [0.6698, 0.3302, 0.0000],
+            [0.1400, 0.2840, 0.5760]])
+    >>> attention(q, k, v, mask)[0, 0]                          # the weighted means of the values
+    tensor([[10.0000,  0.0000],
+            [ 6.6976,  6.6048],
+            [ 7.1600, 17.1994]])
+    """
+    groups = q.size(1) // k.size(1)
+    if groups > 1:
+        k = k.repeat_interleave(groups, dim=1)                        # (B, nh, S, hs)
+        v = v.repeat_interleave(groups, dim=1)
+    if mask.dim() == 3:
+        mask = mask[:, None]                                          # (B, 1, T, S)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))          # (B, nh, T, S)
+    scores = scores.masked_fill(~mask, -math.inf)
+    weights = F.softmax(scores, dim=-1)
+    weights = F.dropout(weights, dropout)
+    return weights @ v                                                # (B, nh, T, hs)
+
 
 def local_attention(q, k, v, window, n_sink, dropout=0.0):
-    """Sliding-window attention at the cost of the window, T * window instead of T²: the tokens are cut
-    into blocks as long as the window, and a block looks at itself, the block before it and the sinks.
-    Equal to attention() under the mask of the window. q (B, nh, T, hs), k and v (B, nkv, T, hs)."""
-    B, nh, T, hs = q.shape
-    W, n, n_sink = window, -(-T // window), min(n_sink, T)            # n blocks, the last one padded
-    group = nh // k.size(1)
-    pos = F.pad(torch.arange(T, device=q.device), (0, n * W - T), value=-1).view(n, W)
-    before = lambda x, fill: torch.cat((torch.full_like(x[:1], fill), x[:-1]))
-    k_pos = torch.cat((before(pos, -1), pos), dim=1)                  # (n, 2W)
-    k_pos = k_pos.masked_fill(k_pos < n_sink, -1)                     # sinks have columns of their own
-    k_pos = torch.cat((k_pos, torch.arange(n_sink, device=q.device).expand(n, -1)), dim=1)
-    def blocks(x):                                                    # (B, h, T, hs) -> (n, B, h, W, hs)
-        return F.pad(x, (0, 0, 0, n * W - T)).unflatten(2, (n, W)).movedim(2, 0)
-    def around(x):                                                    # keys that the blocks see
-        own, sink = blocks(x), x[:, :, :n_sink]
-        return torch.cat((before(own, 0), own, sink.expand(n, *sink.shape)), dim=3).flatten(0, 1)
-    mask = visible(pos, k_pos, window, n_sink).repeat_interleave(B, 0)  # (n*B, W, 2W + n_sink)
-    q, k, v = blocks(q).flatten(0, 1), around(k), around(v)
-    y = F.scaled_dot_product_attention(q, k, v, mask[:, None], dropout, enable_gqa=group > 1)
-    return y.unflatten(0, (n, B)).movedim(0, 2).flatten(2, 3)[:, :, :T]  # (B, nh, T, hs)
+    """
+    Sliding-window attention in T * window operations instead of T^2. The plain form is
+    attention(q, k, v, visible(pos, pos, window, n_sink)), and the result is the same.
+    q (B, nh, T, hs), k and v (B, nkv, T, hs) -> (B, nh, T, hs).
 
-# What the layers of one forward pass share: rotations of queries and keys, the rotation in which queries see the sinks when
-# it differs, who sees whom (None = PyTorch's own is_causal, or no mask, says it), which tokens are no padding (None = all).
-Shared = namedtuple('Shared', 'rope sink_rope is_sink mask local fused real')
+    The tokens are cut into n blocks of W = window tokens. A block attends to itself, to the block
+    before it, and to the sinks, so the blocks are the batch of an ordinary attention.
+    """
+    B, nh, T, hs = q.shape
+    W = window
+    n = math.ceil(T / W)
+    n_sink = min(n_sink, T)
+
+    def cut(x):
+        """(B, heads, T, hs) -> (n, B, heads, W, hs), the last block padded with zeros."""
+        padded = F.pad(x, (0, 0, 0, n * W - T))
+        return padded.unflatten(2, (n, W)).movedim(2, 0)
+
+    def shift(blocks, fill):
+        """The block before each block; before the first one, a block of `fill`."""
+        return torch.cat((torch.full_like(blocks[:1], fill), blocks[:-1]))
+
+    def gather_keys(x):
+        """The keys (or values) of each block: (n * B, nkv, 2W + n_sink, hs)."""
+        own = cut(x)
+        sinks = x[:, :, :n_sink].expand(n, -1, -1, -1, -1)
+        return torch.cat((shift(own, 0), own, sinks), dim=3).flatten(0, 1)
+
+    # The positions of the queries and keys of each block; -1 is padding.
+    pos = torch.arange(T, device=q.device)
+    q_pos = F.pad(pos, (0, n * W - T), value=-1).view(n, W)           # (n, W)
+    near = torch.cat((shift(q_pos, -1), q_pos), dim=1)                # (n, 2W)
+    # The sinks have columns of their own, so they must not be seen a second time among the others.
+    near = near.masked_fill(near < n_sink, -1)
+    k_pos = torch.cat((near, pos[:n_sink].expand(n, -1)), dim=1)      # (n, 2W + n_sink)
+    mask = visible(q_pos, k_pos, window, n_sink)                      # (n, W, 2W + n_sink)
+    # one mask for each block and row, in the order of cut(x).flatten(0, 1)
+    mask = mask.repeat_interleave(B, dim=0)[:, None]                  # (n * B, 1, W, 2W + n_sink)
+
+    y = F.scaled_dot_product_attention(
+        cut(q).flatten(0, 1), gather_keys(k), gather_keys(v), mask, dropout,
+        enable_gqa=nh != k.size(1))                                   # (n * B, nh, W, hs)
+    return y.unflatten(0, (n, B)).movedim(0, 2).flatten(2, 3)[:, :, :T]
+
+
+def separate_sinks(q, q_for_sinks, k, is_sink):
+    """
+    Past block_size, a query meets the sinks with another rotation than all other keys (see
+    GPT.plan). The plain form computes both products and selects:
+
+        scores = where(is_sink, q_for_sinks @ k^T, q @ k^T)
+
+    Fused attention computes one product. So queries and keys get twice the head size, with zeros in
+    one half of each key. q, q_for_sinks (B, nh, T, hs), k (B, nkv, S, hs), is_sink (B, 1, S, 1)
+    -> (B, nh, T, 2 hs), (B, nkv, S, 2 hs).
+    """
+    wide_q = torch.cat((q, q_for_sinks), dim=-1)
+    wide_k = torch.cat((k.masked_fill(is_sink, 0), k.masked_fill(~is_sink, 0)), dim=-1)
+    # Attention now divides by sqrt(2 hs) instead of sqrt(hs).
+    return wide_q * math.sqrt(2), wide_k
+
+
+class KVCache:
+    """
+    Keys and values of the tokens so far, for every layer, and the position that each slot holds
+    (-1 = empty). The order of slots does not matter, because the mask is computed from positions.
+
+    With full attention there is a slot per position. With a window the cache is a ring (a rolling
+    buffer): the sinks keep their slots, and a new token replaces the one that has left the window:
+
+        slot = pos                                   for pos < n_sink
+        slot = n_sink + (pos - n_sink) % window      otherwise
+
+    Full attention is the case window = block_size - n_sink. Rows may have different lengths. In
+    each forward pass assign_slots is called once, then update in every layer.
+
+    Window 3 behind one sink; the positions in the four slots after each token:
+
+    >>> cache = KVCache(GPTConfig(n_layer=1, window=3, n_sink=1), window=3, batch_size=1,
+    ...                 dtype=torch.float32, device='cpu')
+    >>> for t in range(6):
+    ...     _ = cache.assign_slots(torch.tensor([[t]]))
+    ...     print(cache.pos[0, :4].tolist())
+    [0, -1, -1, -1]
+    [0, 1, -1, -1]
+    [0, 1, 2, -1]
+    [0, 1, 2, 3]
+    [0, 4, 2, 3]
+    [0, 4, 5, 3]
+    """
+
+    def __init__(self, config, window, batch_size, dtype, device):
+        c = config
+        self.window = window  # config.window_size, or less if fewer tokens will come
+        self.n_sink = c.n_sink
+        self.n_slot = c.n_sink + window
+        # One spare slot receives what need not be kept: padding, and tokens soon replaced.
+        shape = (c.n_layer, batch_size, c.kv_heads, self.n_slot + 1, c.head_size)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.pos = torch.full((batch_size, self.n_slot + 1), -1, device=device)
+        self.length = torch.zeros(batch_size, dtype=torch.long, device=device)  # tokens of each row
+        # Tokens put in so far, padding included: at least the length of every row. It is known
+        # without waiting for the device, which holds the lengths.
+        self.n_written = 0
+        self.n_before = 0    # slots in use before this forward pass
+        self.rows = torch.arange(batch_size, device=device)[:, None]
+
+    def n_used(self):
+        """The number of slots that may hold a token: slots are used in their order."""
+        return min(self.n_written, self.n_slot)
+
+    def assign_slots(self, pos):
+        """
+        Reserve a slot for each new token, at positions pos (B, T). Returns (slot, k_pos): the slots
+        (B, T), and the positions (B, S) of the keys that `update` will return.
+        """
+        T = pos.size(1)
+        self.n_before = self.n_used()
+        pos_before = self.pos[:, :self.n_before].clone()  # the slots change below
+        self.length = torch.maximum(self.length, pos.amax(dim=1) + 1)
+        ring = self.n_sink + (pos - self.n_sink) % self.window
+        slot = torch.where(pos < self.n_sink, pos, ring)
+        # Of a chunk longer than the window, only the last tokens are kept.
+        not_kept = (pos >= self.n_sink) & (pos < self.length[:, None] - self.window)
+        slot = slot.masked_fill(not_kept | (pos < 0), self.n_slot)
+        self.pos[self.rows, slot] = pos
+        self.pos[:, self.n_slot] = -1
+        self.n_written += T
+        # The keys of a single token and of a chunk are other ones: see update.
+        if T == 1:
+            return slot, self.pos[:, :self.n_used()]
+        return slot, torch.cat((pos_before, pos), dim=1)
+
+    def update(self, layer, k, v, slot):
+        """Store a layer's new keys and values (B, nkv, T, hs) in their slots. Returns those to
+        attend to (B, nkv, S, hs)."""
+        k = k.to(self.k.dtype)
+        v = v.to(self.v.dtype)
+        if k.size(2) == 1:
+            # A single token looks at the cache, which now holds it too.
+            self.write(layer, k, v, slot)
+            n = self.n_used()
+            return self.k[layer, :, :, :n], self.v[layer, :, :, :n]
+        # The tokens of a chunk look at what the cache held before, and at the chunk itself: in the
+        # cache its last tokens may have replaced keys that its first tokens still see.
+        all_k = torch.cat((self.k[layer, :, :, :self.n_before], k), dim=2)
+        all_v = torch.cat((self.v[layer, :, :, :self.n_before], v), dim=2)
+        self.write(layer, k, v, slot)
+        return all_k, all_v
+
+    def write(self, layer, k, v, slot):
+        # [rows, :, slot] selects (B, T, nkv, hs)
+        self.k[layer][self.rows, :, slot] = k.transpose(1, 2)
+        self.v[layer][self.rows, :, slot] = v.transpose(1, 2)
+
+
+@dataclass
+class Plan:
+    """What all layers of one forward pass need to know about the positions of its tokens."""
+    rope: tuple = None         # (cos, sin) for queries and keys; None = another kind of positions
+    sink_rope: tuple = None    # (cos, sin) for queries that look at sinks; None = the same as rope
+    is_sink: object = None     # (B, 1, S, 1), which keys are sinks; None if sink_rope is None
+    mask: object = None        # (T, S) or (B, T, S); None = causal, or everything for an encoder
+    local: bool = False        # attend block by block, see local_attention
+    slot: object = None        # (B, T), slots of the new tokens in the cache; None without a cache
+    real: object = None        # (B, T), False at padding; None = there is no padding
+
 
 class Attention(nn.Module):
-    """Multi-head self-attention, n_head=1 being the single head. (B, T, C) -> (B, T, C)"""
+    """Multi-head self-attention. (B, T, C) -> (B, T, C)"""
+
     def __init__(self, config, layer):
         super().__init__()
-        c = self.config = config
+        c = config
+        self.config = c
         self.layer = layer
-        self.c_attn = Linear(c.n_embd, (c.n_head + 2 * c.n_kv_head) * c.head_dim, bias=c.bias or c.qkv_bias)
-        self.c_proj = Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
+        n_qkv = (c.n_head + 2 * c.kv_heads) * c.head_size
+        # q, k and v in one matrix
+        self.c_attn = nn.Linear(c.n_embd, n_qkv, bias=c.bias or c.qkv_bias)
+        self.c_proj = nn.Linear(c.n_head * c.head_size, c.n_embd, bias=c.bias)
         self.resid_dropout = nn.Dropout(c.dropout)
         if c.qk_norm:
-            self.q_norm, self.k_norm = (nn.RMSNorm(c.head_dim, c.norm_eps) for _ in range(2))
+            self.q_norm = nn.RMSNorm(c.head_size, c.norm_eps)
+            self.k_norm = nn.RMSNorm(c.head_size, c.norm_eps)
 
-    def forward(self, x, shared, cache=None):
-        c, (B, T, _) = self.config, x.shape
-        qk, v = self.c_attn(x).unflatten(-1, (-1, c.head_dim)).transpose(1, 2).split(  # (B, heads, T, hs)
-            [c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
+    def forward(self, x, plan, cache=None):
+        c = self.config
+        B, T, _ = x.shape
+        hs = c.head_size
+
+        # 1. queries, keys and values
+        q, k, v = self.c_attn(x).split([c.n_head * hs, c.kv_heads * hs, c.kv_heads * hs], dim=-1)
+        q = q.view(B, T, c.n_head, hs).transpose(1, 2)                # (B, nh, T, hs)
+        k = k.view(B, T, c.kv_heads, hs).transpose(1, 2)              # (B, nkv, T, hs)
+        v = v.view(B, T, c.kv_heads, hs).transpose(1, 2)              # (B, nkv, T, hs)
+        dtype = v.dtype
+        if x.is_cpu:
+            # At least float32: the bfloat16 kernels of a CPU are slow, some of them 30 times.
+            dtype = torch.promote_types(dtype, torch.float32)
+
+        # 2. norm, in the dtype of its weight, and rotation
         if c.qk_norm:
-            qk = torch.cat([norm(t.to(norm.weight.dtype)).to(v.dtype) for norm, t in zip(
-                (self.q_norm, self.k_norm), qk.split([c.n_head, c.n_kv_head], dim=1))], dim=1)
-        turned = rotate(qk, shared.rope) if shared.rope else qk       # both at once: fewer, larger operations
-        q, k = turned.split([c.n_head, c.n_kv_head], dim=1)
+            q = self.q_norm(q.to(self.q_norm.weight.dtype))
+            k = self.k_norm(k.to(self.k_norm.weight.dtype))
+        q_for_sinks = None
+        if plan.sink_rope is not None:
+            q_for_sinks = rotate(q, plan.sink_rope).to(dtype)  # before q itself is rotated
+        if plan.rope is not None:
+            q = rotate(q, plan.rope)
+            k = rotate(k, plan.rope)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+
+        # 3. keys and values of earlier tokens
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-            q = q.to(k.dtype)
-        if shared.sink_rope:  # the scores of sinks come from the second half, all others from the first
-            q = torch.cat((q, rotate(qk[:, :c.n_head], shared.sink_rope)), dim=-1) * 2 ** 0.5  # hs doubles under the root
-            k = torch.cat((k.masked_fill(shared.is_sink, 0), k.masked_fill(~shared.is_sink, 0)), dim=-1)
+            k, v = cache.update(self.layer, k, v, plan.slot)
+            k, v = k.to(dtype), v.to(dtype)
+        if q_for_sinks is not None:
+            q, k = separate_sinks(q, q_for_sinks, k, plan.is_sink)
+
+        # 4. attention, in the dtype chosen above
         dropout = c.dropout if self.training else 0.0
-        if shared.local:
-            y = local_attention(q, k, v, c.window, c.n_sink, dropout)
-        elif shared.fused:
-            mask = shared.mask if shared.mask is None or shared.mask.dim() == 2 else shared.mask[:, None]
-            if T == 1:  # the queries that share a key stand as if they were tokens, which a CPU is faster at
-                q = q.reshape(B, c.n_kv_head, -1, q.size(-1))
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and c.causal,
-                                               enable_gqa=q.size(1) != c.n_kv_head).reshape(B, c.n_head, T, -1)
-        else:
-            y = attention(q, k, v, shared.mask, dropout)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2).to(x.dtype)))  # (B, T, nh*hs) -> (B, T, C)
+        with torch.autocast(x.device.type, enabled=False):
+            if plan.local:
+                y = local_attention(q, k, v, c.window, c.n_sink, dropout)
+            elif c.attn == 'manual':
+                y = attention(q, k, v, plan.mask, dropout)
+            else:
+                y = self.fused_attention(q, k, v, plan.mask, dropout)
+        y = y.to(x.dtype).transpose(1, 2).reshape(B, T, c.n_head * hs)  # heads side by side
+        return self.resid_dropout(self.c_proj(y))
+
+    def fused_attention(self, q, k, v, mask, dropout):
+        """attention() by PyTorch's fused kernels, which do not keep the (T, S) weights."""
+        if mask is not None and mask.dim() == 3:
+            mask = mask[:, None]                                      # (B, 1, T, S)
+        is_causal = mask is None and self.config.causal
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=is_causal,
+                                              enable_gqa=q.size(1) != k.size(1))
+
 
 # -----------------------------------------------------------------------------
 # Feed-forward layers
 
 class MLP(nn.Module):
-    """Widen, bend, narrow: GELU (arXiv 1606.08415) as in GPT-2, or the squared ReLU of arXiv 2109.08668."""
+    """Linear, activation, linear: GELU (arXiv 1606.08415) as in GPT-2, or squared ReLU
+    (arXiv 2109.08668). (..., C) -> (..., C)"""
+
     def __init__(self, config):
         super().__init__()
-        self.act = ACT[config.mlp]
-        self.c_fc = Linear(config.n_embd, config.n_hidden, bias=config.bias)
-        self.c_proj = Linear(config.n_hidden, config.n_embd, bias=config.bias)
+        self.activation = config.mlp
+        self.c_fc = nn.Linear(config.n_embd, config.hidden_size, bias=config.bias)
+        self.c_proj = nn.Linear(config.hidden_size, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, real=None):
-        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
+    def forward(self, x):
+        h = self.c_fc(x)
+        if self.activation == 'relu2':
+            h = F.relu(h).square()
+        elif self.activation == 'gelu_tanh':
+            h = F.gelu(h, approximate='tanh')
+        else:
+            h = F.gelu(h)
+        return self.dropout(self.c_proj(h))
+
 
 class SwiGLU(nn.Module):
-    """silu(x W) * (x V), then narrow (arXiv 2002.05202, equation 6). W and V stand in one matrix."""
+    """(silu(x W) * x V) P, where one half gates the other (arXiv 2002.05202, equation 6). W and V
+    are stored in one matrix. (..., C) -> (..., C)"""
+
     def __init__(self, config):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 2 * config.n_hidden, bias=config.bias)
-        self.c_proj = Linear(config.n_hidden, config.n_embd, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, 2 * config.hidden_size, bias=config.bias)
+        self.c_proj = nn.Linear(config.hidden_size, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, real=None):
+    def forward(self, x):
         gate, up = self.c_fc(x).chunk(2, dim=-1)
         return self.dropout(self.c_proj(F.silu(gate) * up))
 
+
+def make_mlp(config):
+    return SwiGLU(config) if config.mlp == 'swiglu' else MLP(config)
+
+
+def load_balancing_loss(probs, selected):
+    """
+    E * sum over experts of (share of the tokens sent to it) * (mean probability of it), which is 1
+    if the load is even and up to E if all tokens go to one expert (arXiv 2101.03961, equation 4).
+    probs (N, E), selected (N, active) -> scalar.
+
+    Four tokens and two experts; three tokens go to expert 0:
+
+    >>> probs = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.7, 0.3], [0.1, 0.9]])
+    >>> selected = probs.argmax(dim=1, keepdim=True)
+    >>> load_balancing_loss(probs, selected)  # 2 (3/4 * 0.55 + 1/4 * 0.45)
+    tensor(1.0500)
+    """
+    n_expert = probs.size(1)
+    load = F.one_hot(selected, n_expert).sum(dim=(0, 1)).float()      # tokens of each expert
+    return n_expert * (load / load.sum() * probs.mean(dim=0)).sum()
+
+
 class MoE(nn.Module):
-    """Mixture of experts in the place of an MLP: a router sends each token to its n_expert_active best experts, which
-    are mixed by the softmax over those (Mixtral, arXiv 2401.04088). Over a single one it would be 1, and teach the
-    router nothing: there it is the softmax over all (Switch, arXiv 2101.03961). n_shared_expert more see every token
-    (DeepSeekMoE, arXiv 2401.06066). No token is dropped. The balancing loss, if asked for, is 1 when all is even."""
+    """
+    Mixture of experts in place of an MLP: a router selects n_expert_active experts for each token.
+    Their outputs are weighted by the softmax over the selected ones (Mixtral, arXiv 2401.04088).
+    With top-1 that softmax is constant, so the router would get no gradient; then the weight is the
+    softmax over all experts (Switch, arXiv 2101.03961). n_shared_expert further experts see every
+    token (DeepSeekMoE, arXiv 2401.06066). No token is dropped.
+
+    The losses of the last forward pass are kept for GPT.aux_loss, the load for
+    GPT.balance_experts.
+    """
+
     def __init__(self, config):
         super().__init__()
-        c, self.n_active, self.has_aux = config, config.n_expert_active, config.moe_balance == 'aux'
+        c = config
+        self.n_active = c.n_expert_active
+        self.moe_balance = c.moe_balance
         self.router = nn.Linear(c.n_embd, c.n_expert, bias=False)
-        self.experts = nn.ModuleList(FFN[c.mlp](c) for _ in range(c.n_expert))
-        self.shared = nn.ModuleList(FFN[c.mlp](c) for _ in range(c.n_shared_expert))
+        self.experts = nn.ModuleList(make_mlp(c) for _ in range(c.n_expert))
+        self.shared = nn.ModuleList(make_mlp(c) for _ in range(c.n_shared_expert))
+        # With moe_balance 'bias' it is added to the probabilities when experts are selected.
         self.register_buffer('bias', torch.zeros(c.n_expert) if c.moe_balance == 'bias' else None)
-        self.aux = self.z = None  # losses of the last forward pass
-        self.tally = 0.0          # training tokens of each expert and the sum of their entropies, until GPT.balance
+        self.balancing_loss = None   # of the last forward pass
+        self.z_loss = None
+        # Since the last GPT.balance_experts: the training tokens of each expert, and the sum of the
+        # router's entropies over these tokens. On the CPU, also if the weights are to be loaded
+        # later and are on the meta device for now.
+        self.load = torch.zeros(c.n_expert, device='cpu')
+        self.entropy = torch.zeros((), device='cpu')
 
-    def __getstate__(self):  # copy.deepcopy refuses tensors of a graph
-        return self.__dict__ | {'aux': None, 'z': None}
+    def __getstate__(self):
+        # copy.deepcopy cannot copy tensors that belong to a graph
+        return self.__dict__ | {'balancing_loss': None, 'z_loss': None}
 
     def forward(self, x, real=None):
-        """(..., C) -> (..., C). Padding, where real (...) is False, counts in no loss and no statistic."""
-        tokens, E = x.flatten(0, -2), len(self.experts)               # (N, C)
-        logits = self.router(tokens).float()                          # (N, E)
-        probs = logits.softmax(dim=-1)
-        # the bias has a say in who is chosen, none in how much the chosen count (arXiv 2408.15664)
-        chosen = (logits if self.bias is None else probs + self.bias).topk(self.n_active).indices  # (N, active)
-        gate = probs.gather(1, chosen) if self.n_active == 1 else logits.gather(1, chosen).softmax(dim=-1)
-        order = chosen.flatten().argsort(stable=True)                 # pairs of token and expert, by expert
-        token, sizes = order // self.n_active, chosen.flatten().bincount(minlength=E).tolist()
-        y = torch.cat([expert(part) for expert, part in zip(self.experts, tokens.index_select(0, token).split(sizes))])
-        out = torch.zeros_like(tokens).index_add(0, token, (y * gate.flatten()[order, None]).to(x.dtype))
-        if real is not None:
-            logits, probs, chosen = (t[real.flatten()] for t in (logits, probs, chosen))
-        load = F.one_hot(chosen, E).sum((0, 1)).float()               # (E,)
-        if self.training:
-            self.tally = self.tally + torch.cat((load, torch.special.entr(probs.detach()).sum()[None]))
-        self.aux = E * (load / load.sum() * probs.mean(0)).sum() if self.has_aux else None  # 2101.03961, equation 4
-        self.z = logits.logsumexp(dim=-1).square().mean()             # arXiv 2202.08906, equation 5
-        return sum((expert(tokens) for expert in self.shared), out).view_as(x)
+        """(..., C) -> (..., C). Padding, where real (...) is False, is not counted in the
+        losses."""
+        tokens = x.flatten(0, -2)                                     # (N, C)
 
-FFN = {'gelu': MLP, 'gelu_tanh': MLP, 'relu2': MLP, 'swiglu': SwiGLU}
+        # 1. route, in float32: small differences decide which experts are selected
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(tokens.float(), self.router.weight.float())  # (N, E)
+        probs = logits.softmax(dim=-1)
+        # The bias affects which experts are selected, not their weights (arXiv 2408.15664).
+        preference = logits if self.bias is None else probs + self.bias
+        selected = preference.topk(self.n_active).indices             # (N, active)
+        if self.n_active == 1:
+            gate = probs.gather(1, selected)                          # (N, active)
+        else:
+            gate = logits.gather(1, selected).softmax(dim=-1)
+
+        # 2. each expert computes the tokens that selected it
+        out = torch.zeros_like(tokens)
+        for e, expert in enumerate(self.experts):
+            token, choice = (selected == e).nonzero(as_tuple=True)    # as 1st or 2nd choice
+            y = expert(tokens[token]) * gate[token, choice, None]
+            out = out.index_add(0, token, y.to(out.dtype))
+        for expert in self.shared:
+            out = out + expert(tokens)
+
+        # 3. losses and load
+        if real is not None:
+            real = real.flatten()
+            logits, probs, selected = logits[real], probs[real], selected[real]
+        if self.moe_balance == 'aux':
+            self.balancing_loss = load_balancing_loss(probs, selected)
+        self.z_loss = logits.logsumexp(dim=-1).square().mean()        # arXiv 2202.08906, equation 5
+        if self.training:
+            load = F.one_hot(selected, len(self.experts)).sum(dim=(0, 1)).float()
+            entropy = torch.special.entr(probs.detach()).sum()
+            self.load = self.load.to(x.device) + load
+            self.entropy = self.entropy.to(x.device) + entropy
+        return out.view_as(x)
+
+
+@torch.no_grad()
+def skip_idle_experts(model):
+    """
+    To be called between backward and the optimizers' steps. Experts that no token of the step
+    selected, on any rank, lose their gradients, which are 0 there. So the optimizers leave them as
+    they are; with a gradient of 0 they would still decay and follow their momentum.
+    """
+    for module in model.modules():
+        experts = module.experts if isinstance(module, MoE) else []
+        for expert in experts:
+            gradients = [p.grad for p in expert.parameters() if p.grad is not None]
+            if not any(gradient.any() for gradient in gradients):
+                expert.zero_grad(set_to_none=True)
+
 
 class Block(nn.Module):
     """Pre-norm residual block (arXiv 2002.04745): x + attention(norm(x)), then x + MLP(norm(x))."""
+
     def __init__(self, config, layer):
         super().__init__()
-        sparse = config.n_expert and (layer + 1) % config.moe_every == 0
-        self.ln_1 = NORM[config.norm](config.n_embd, config)
+        has_experts = config.n_expert > 0 and (layer + 1) % config.moe_every == 0
+        self.ln_1 = make_norm(config, config.n_embd)
         self.attn = Attention(config, layer)
-        self.ln_2 = NORM[config.norm](config.n_embd, config)
-        self.mlp = MoE(config) if sparse else FFN[config.mlp](config)
+        self.ln_2 = make_norm(config, config.n_embd)
+        self.mlp = MoE(config) if has_experts else make_mlp(config)
 
-    def forward(self, x, shared, cache=None, read=...):
-        x = (x + self.attn(self.ln_1(x), shared, cache))[read]
-        return x + self.mlp(self.ln_2(x), None if shared.real is None else shared.real[read])
+    def forward(self, x, plan, cache=None, read=None):
+        """(B, T, C) -> (B, T, C), or (N, C) at the N tokens `read`, see GPT.hidden."""
+        x = x + self.attn(self.ln_1(x), plan, cache)
+        real = plan.real
+        if read is not None:  # the MLP works token by token, so it can skip the others
+            x = x[read]
+            real = None if real is None else real[read]
+        if isinstance(self.mlp, MoE):
+            return x + self.mlp(self.ln_2(x), real)
+        return x + self.mlp(self.ln_2(x))
+
 
 # -----------------------------------------------------------------------------
 # The model
 
+def sampling_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """
+    The distribution that a token is drawn from. logits (B, V) -> probabilities (B, V). temperature
+    < 1 sharpens it; top_k keeps the k most probable tokens and those equal to the last of them (0 =
+    all); top_p keeps the fewest tokens whose probability reaches p (arXiv 1904.09751).
+
+    The token that crosses p is kept: of 0.5, 0.3, 0.15 and 0.05, the first two reach 0.7.
+
+    >>> logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    >>> sampling_probs(logits, top_p=0.7)
+    tensor([[0.6250, 0.3750, 0.0000, 0.0000]])
+    >>> sampling_probs(logits, top_k=3)
+    tensor([[0.5263, 0.3158, 0.1579, 0.0000]])
+    >>> sampling_probs(logits, temperature=0.5)
+    tensor([[0.6849, 0.2466, 0.0616, 0.0068]])
+    """
+    # The largest logit becomes 0, so that no temperature, however small, makes it infinite.
+    logits = logits - logits.amax(dim=-1, keepdim=True)
+    probs = F.softmax(logits / max(temperature, 1e-30), dim=-1)
+    if 0 < top_k < probs.size(-1):
+        least = probs.topk(top_k).values[:, -1:]
+        probs = probs.masked_fill(probs < least, 0.0)
+    if top_p < 1.0:
+        ordered, order = probs.sort(dim=-1, descending=True)
+        sum_before = ordered.cumsum(dim=-1) - ordered                 # of the more probable tokens
+        ordered[sum_before >= top_p * ordered.sum(dim=-1, keepdim=True)] = 0.0
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered)
+    return probs / probs.sum(dim=-1, keepdim=True)
+
+
+@contextlib.contextmanager
+def evaluation_mode(model):
+    """The model in eval mode, without dropout; afterwards in the mode it was in."""
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
+
+
 class GPT(nn.Module):
-    """A decoder (or, with causal=False, an encoder) over token ids; an id of -1 is padding."""
+    """A decoder (or, with causal=False, an encoder) over token ids. An id of -1 is padding; on the
+    left of a row, or in an encoder, it needs positions too (see hidden)."""
 
     def __init__(self, config):
         super().__init__()
-        c = self.config = config
-        self.window = c.window or c.block_size - c.n_sink  # full attention: all that a block holds
+        c = config
+        self.config = c
         self.wte = nn.Embedding(c.vocab_size, c.n_embd)
         if c.pos == 'learned':
             self.wpe = nn.Embedding(c.block_size, c.n_embd)
         self.drop = nn.Dropout(c.dropout)
         self.h = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
-        self.moes = {layer: block.mlp for layer, block in enumerate(self.h) if isinstance(block.mlp, MoE)}
-        self.ln_f = NORM[c.norm](c.n_embd, c)
-        self.lm_head = Linear(c.n_embd, c.vocab_size, bias=False)
+        self.ln_f = make_norm(c, c.n_embd)
+        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie_weights:
             self.lm_head.weight = self.wte.weight
-        # initialisation: N(0, 0.02), zero biases, and as GPT-2 does, what is added to the residual stream
-        # scaled by 1/sqrt(number of additions); norms start at one
+        self.init_weights()
+
+    def init_weights(self):
+        """
+        matrices and embeddings   N(0, 0.02)
+        c_proj.weight             N(0, 0.02 / sqrt(2 n_layer)), as in GPT-2, because 2 n_layer such
+                                  layers add to the residual stream
+        biases                    0
+        norms                     1, as PyTorch made them
+        """
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, p in self.named_parameters():
-            if p.dim() > 1:
-                nn.init.normal_(p, std=0.02 / (2 * c.n_layer) ** 0.5 if name.endswith('c_proj.weight') else 0.02)
+            if name.endswith('c_proj.weight'):
+                nn.init.normal_(p, std=residual_std)
+            elif p.dim() > 1:
+                nn.init.normal_(p, std=0.02)
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
 
+    @property
+    def moes(self):
+        """{layer: MoE} of the layers that have experts."""
+        return {layer: block.mlp for layer, block in enumerate(self.h)
+                if isinstance(block.mlp, MoE)}
+
     def n_params(self, active=False):
-        """Parameters, the tied head counted once; active=True: of those a token goes through."""
-        idle = [(len(moe.experts) - moe.n_active) * sum(p.numel() for p in moe.experts[0].parameters())
-                for moe in self.moes.values()]
-        return sum(p.numel() for p in self.parameters()) - sum(idle) * active
+        """Number of parameters, a tied output layer counted once; active=True: of those that one
+        token uses."""
+        count = sum(p.numel() for p in self.parameters())
+        if active:
+            for moe in self.moes.values():
+                expert_size = sum(p.numel() for p in moe.experts[0].parameters())
+                count -= (len(moe.experts) - moe.n_active) * expert_size
+        return count
 
     def flops_per_token(self, T):
         """Floating-point operations to train on one token in a context of T, forward and backward
-        (arXiv 2204.02311, appendix B): 6 a matrix weight, and 12 nh hs a layer and visible key."""
+        (arXiv 2204.02311, appendix B): 6 per matrix weight, and 12 nh hs per layer and visible
+        key."""
         c = self.config
-        lookup = 0 if c.tie_weights else self.wte.weight.numel()
-        lookup += self.wpe.weight.numel() if c.pos == 'learned' else 0
-        seen = min(T, self.window + c.n_sink)
-        return 6 * (self.n_params(active=True) - lookup) + 12 * c.n_layer * c.n_head * c.head_dim * seen
+        matrix_weights = self.n_params(active=True)
+        if not c.tie_weights:
+            matrix_weights -= self.wte.weight.numel()  # a look-up, not a product
+        if c.pos == 'learned':
+            matrix_weights -= self.wpe.weight.numel()
+        n_visible = min(T, c.window_size + c.n_sink)
+        return 6 * matrix_weights + 12 * c.n_layer * c.n_head * c.head_size * n_visible
 
-    @torch.compiler.disable  # or the compiler works out angles and mask anew for every head, in every layer
-    def share(self, idx, cache, pos):
-        """The positions (B or 1, T) of a forward pass, and what follows from them for all its layers."""
-        c, T = self.config, idx.size(1)
-        plain, real = cache is None and pos is None, None if pos is None else pos >= 0
+    # ----- the forward pass
+
+    # Not compiled: torch.compile would fuse the angles and the mask into the kernels of every
+    # layer, and compute them there again.
+    @torch.compiler.disable
+    def plan(self, idx, cache, pos):
+        """The positions (B or 1, T) of a forward pass and, as a Plan, what follows from them."""
+        c = self.config
+        B, T = idx.shape
+        is_plain = cache is None and pos is None  # every row has its tokens at 0..T-1
+        real = None if pos is None else pos >= 0
+
+        # 1. positions of the queries
         if pos is None:
             pos = torch.arange(T, device=idx.device)[None]            # (1, T)
-            pos = pos if cache is None else cache.length[:, None] + pos
-        end = T if cache is None else cache.seen + T                  # no query stands at `end` or past it
+            if cache is not None:
+                pos = cache.length[:, None] + pos                     # (B, T)
+        end = T if cache is None else cache.n_written + T  # every position is below end
         if c.pos == 'learned' and end > c.block_size:
-            raise ValueError(f"{end} tokens do not fit in block_size {c.block_size}, which pos 'learned' cannot pass")
-        if cache is not None and (not c.causal or end > cache.window < self.window):
-            raise ValueError(f'{end} tokens do not fit in a cache for {cache.window}' if c.causal else
-                             'causal False sees all tokens at once: it cannot go on from a cache')
-        k_pos = pos if cache is None else cache.extend(pos)
-        # the fused backward is the faster one but for bfloat16 on CPUs, where it takes several times as long
-        slow = idx.device.type == 'cpu' and torch.is_grad_enabled() and torch.is_autocast_enabled('cpu')
-        fused = c.attn == 'sdpa' or c.attn == 'auto' and not slow
-        slides = c.pos == 'rope' and c.n_sink and end > c.block_size
-        local = plain and c.causal and c.window and T > 2 * c.window and c.attn != 'manual'
+            raise ValueError(f"{end} tokens do not fit in block_size {c.block_size}, which pos "
+                             "'learned' cannot exceed")
+
+        # 2. positions of the keys
+        slot = None
+        k_pos = pos
+        if cache is not None:
+            if not c.causal:
+                raise ValueError('causal False sees all tokens at once: it cannot use a cache')
+            # A full ring has room for ever; one that was made for fewer tokens has not.
+            if cache.window < c.window_size and end > cache.window:
+                raise ValueError(f'{end} tokens do not fit in a cache for {cache.window}')
+            slot, k_pos = cache.assign_slots(pos)
+
+        # 3. who sees whom
+        local = False
+        needs_mask = True
+        if is_plain and c.attn != 'manual':
+            if c.causal and c.window and T > 2 * c.window:
+                local = True         # local_attention makes its own masks
+                needs_mask = False
+            elif not c.causal or T <= c.window_size + c.n_sink:
+                needs_mask = False   # PyTorch's is_causal hides the future, and no more is hidden
         mask = None
-        if not local and not (fused and plain and (T <= self.window + c.n_sink or not c.causal)):
-            mask = visible(pos, k_pos, self.window, c.n_sink, c.causal)[0 if plain else ...]  # (T, T) or (B, T, S)
-        rope = rope_table(pos, c.head_dim, c.rope_base) if c.pos == 'rope' else None
-        sink_rope = rope_table(pos.clamp(max=c.block_size - 1), c.head_dim, c.rope_base) if slides else None
-        is_sink = (k_pos < c.n_sink)[:, None, :, None] if slides else None
-        return pos, Shared(rope, sink_rope, is_sink, mask, local, fused, real)
+        if needs_mask:
+            mask = visible(pos, k_pos, c.window_size, c.n_sink, c.causal)  # (B, T, S)
+            if is_plain:
+                mask = mask[0]                                        # (T, S), for all rows
 
-    def hidden(self, idx, cache=None, pos=None, read=...):
-        """The trunk: idx (B, T) -> hidden states (B, T, C) after the final norm, for heads to read; or (N, C) at the N tokens
-        that `read` says, an index of (B, T) like mask.nonzero(as_tuple=True), which spares the others the last MLP.
+        # 4. rotations; past block_size a query looks at the sinks as if it were at block_size - 1,
+        # so that it meets no distance that was not trained on (StreamingLLM, arXiv 2309.17453)
+        rope = sink_rope = is_sink = None
+        if c.pos == 'rope':
+            frequencies = rope_frequencies(c)
+            rope = rope_table(pos, frequencies)
+            if c.n_sink and end > c.block_size:
+                sink_rope = rope_table(pos.clamp(max=c.block_size - 1), frequencies)
+                is_sink = (k_pos < c.n_sink)[:, None, :, None]        # (B, 1, S, 1)
+        return pos, Plan(rope=rope, sink_rope=sink_rope, is_sink=is_sink, mask=mask, local=local,
+                           slot=slot, real=real)
 
-        pos (B, T), where given, is each token's position, -1 = padding, which nobody sees. Without it
-        tokens stand at 0..T-1, or go on from the cache. Up to block_size positions are absolute; past it
-        a query sees at most the window and the sinks, and these slide along (arXiv 2309.17453), so that
-        no distance is met that was not trained on. ValueError past block_size with learned positions."""
+    def hidden(self, idx, cache=None, pos=None, read=None):
+        """
+        The model without its output layer: idx (B, T) -> hidden states (B, T, C) after the final
+        norm.
+
+        pos (B, T) are the tokens' positions, -1 = padding, which no token sees. Without pos, tokens
+        are at 0..T-1, or continue from the cache; then padding may only be on the right of a causal
+        model, where no token sees it. Any number of tokens may follow each other: past block_size a
+        query sees at most the window and the sinks. ValueError past block_size with learned
+        positions.
+
+        read is an index of N of the (B, T) tokens, such as (row, column), two tensors of numbers:
+        then only these are returned, (N, C). The last MLP, and the output layer after it, skip the
+        others, which saves a tenth of a step in fine-tuning.
+        """
         c = self.config
-        idx = idx if pos is None else idx.clamp(min=0)
-        pos, shared = self.share(idx, cache, pos)
-        x = self.wte(idx)
+        pos, plan = self.plan(idx, cache, pos)
+        x = self.wte(idx.clamp(min=0))       # (B, T, C); no token sees padding, so any row will do
         if c.pos == 'learned':
             x = x + self.wpe(pos.clamp(min=0))
-        elif c.pos == 'sinusoidal':  # the embedding is scaled up to the encoding's size (1706.03762, section 3.4)
-            x = x * c.n_embd ** 0.5 + sinusoidal(pos, c.n_embd).to(x.dtype)
+        elif c.pos == 'sinusoidal':
+            # The embedding is scaled to the size of the encoding (arXiv 1706.03762, section 3.4).
+            x = x * math.sqrt(c.n_embd) + sinusoidal(pos, c.n_embd).to(x.dtype)
         x = self.drop(x)
-        for block in self.h:
-            x = block(x, shared, cache, read if block is self.h[-1] else ...)
+        for block in self.h[:-1]:
+            x = block(x, plan, cache)
+        x = self.h[-1](x, plan, cache, read)
         return self.ln_f(x)
 
-    def forward(self, idx, targets=None, cache=None, read=...):
-        """idx (B, T), targets (B, T) or None -> logits (B, T, V) at every position, or (N, V) where read says (see
-        hidden), and the mean cross-entropy in nats a token over the targets that are not -1 (None without; not with read)."""
+    def forward(self, idx, targets=None, cache=None, read=None):
+        """
+        idx (B, T), targets (B, T) or None -> (logits, loss): logits (B, T, V) at every position;
+        the mean cross-entropy, in nats per token, over the targets that are not -1, or None without
+        targets. With `read` (see hidden) the logits are (N, V), and there may be no targets.
+        """
         logits = self.lm_head(self.hidden(idx, cache, read=read))
-        return logits, None if targets is None else F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        if targets is None:
+            return logits, None
+        assert read is None, 'targets are for all tokens, but `read` selects some'
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return logits, loss
+
+    # ----- experts
 
     def aux_loss(self, kind='aux'):
-        """The balancing loss of the last forward pass, the mean over its mixture-of-experts layers; 0 if there are
-        none, or if moe_balance is not 'aux'. kind 'z': the routers' z-loss, which keeps their logits small."""
-        losses = [getattr(moe, kind) for moe in self.moes.values() if getattr(moe, kind) is not None]
-        return torch.stack(losses).mean() if losses else torch.zeros((), device=self.wte.weight.device)
+        """The load-balancing loss of the last forward pass, the mean over the layers with experts;
+        0 if there are none or moe_balance is not 'aux'. kind 'z': the routers' z-loss, which keeps
+        their logits small."""
+        moes = self.moes.values()
+        losses = [moe.balancing_loss if kind == 'aux' else moe.z_loss for moe in moes]
+        losses = [loss for loss in losses if loss is not None]
+        if not losses:
+            return torch.zeros((), device=self.wte.weight.device)
+        return torch.stack(losses).mean()
 
     @torch.no_grad()
-    def balance(self, bias_rate):
-        """Once a step, after its micro-batches: by moe_balance 'bias', experts that had more than their share of
-        its tokens, on all ranks, become less likely to be chosen, others more. Returns what to log, as tensors."""
-        tally = torch.stack([moe.tally for moe in self.moes.values()])  # (layers, E + 1)
+    def balance_experts(self, bias_rate):
+        """
+        To be called once per step, after its micro-batches. With moe_balance 'bias', experts with
+        more than their share of the step's tokens, on all ranks, become less likely to be selected,
+        others more (arXiv 2408.15664). Resets the loads, and returns the metrics to log: the
+        largest load as a multiple of an even one, the routers' mean entropy in nats per token, and
+        each expert's share of the load.
+        """
+        moes = self.moes
+        counts = torch.stack([torch.cat((moe.load, moe.entropy[None])) for moe in moes.values()])
         if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(tally)
-        load, entropy = tally[:, :-1], tally[:, -1].mean() * self.config.n_expert_active / tally[0, :-1].sum()
-        for moe, tokens in zip(self.moes.values(), load):
-            moe.tally = 0.0
+            torch.distributed.all_reduce(counts)
+        loads = counts[:, :-1]                                        # (layers, E)
+        totals = loads.sum(dim=1, keepdim=True)                       # (layers, 1)
+        n_tokens = totals[:, 0] / self.config.n_expert_active         # (layers,)
+        shares = loads / totals
+        metrics = {'moe_imbalance': shares.max() * loads.size(1),
+                   'moe_entropy': (counts[:, -1] / n_tokens).mean()}
+        for (layer, moe), load, share in zip(moes.items(), loads, shares):
+            moe.load = torch.zeros_like(load)
+            moe.entropy = torch.zeros_like(moe.entropy)
             if moe.bias is not None:
-                moe.bias += bias_rate * (tokens.mean() - tokens).sign()
-        share = load / load.sum(1, keepdim=True)
-        return {'moe_imbalance': share.max() * load.size(1), 'moe_entropy': entropy,  # the worst; a token's, in nats
-                **{f'moe/layer_{n}/expert_{e}': s for n, row in zip(self.moes, share) for e, s in enumerate(row)}}
+                moe.bias += bias_rate * (load.mean() - load).sign()
+            for expert, value in enumerate(share):
+                metrics[f'moe/layer_{layer}/expert_{expert}'] = value
+        return metrics
 
-    def optimizers(self, optimizer, learning_rate, weight_decay, betas, muon_lr=0.02, muon_momentum=0.95):
-        """The optimizers that together train all parameters: ['adamw'], or with 'muon' Muon for the matrices
-        of the blocks and AdamW for the rest. Matrices decay, biases and norms do not. A group's lr is the
-        schedule's times its `lr_scale`, so that one schedule serves both."""
+    # ----- training
+
+    def optimizers(self, optimizer, learning_rate, weight_decay, betas, muon_lr=0.02,
+                   muon_momentum=0.95):
+        """
+        The list of optimizers that together train all parameters: AdamW alone, or with
+        optimizer='muon' AdamW and Muon, which trains the matrices of the blocks, except the
+        routers, whose rows are of separate experts. Matrices decay; biases and norms do not. Each
+        parameter group has a peak_lr, which the schedule scales.
+        """
         if optimizer not in ('adamw', 'muon'):
             raise ValueError(f"optimizer must be 'adamw' or 'muon'; got {optimizer!r}")
-        params = {n: p for n, p in self.named_parameters() if p.requires_grad}
-        muon = [n for n, p in params.items() if optimizer == 'muon' and p.dim() == 2 and n.startswith('h.')
-                and 'router' not in n]
-        rest = [p for n, p in params.items() if n not in muon]
-        groups = [{'params': [p for p in rest if p.dim() > 1], 'weight_decay': weight_decay},
-                  {'params': [p for p in rest if p.dim() < 2], 'weight_decay': 0.0}]
-        made = [torch.optim.AdamW(groups, learning_rate, betas, fused=self.wte.weight.device.type in ('cuda', 'cpu'))]
-        if muon:
-            made.append(Muon([params[n] for n in muon], lr=muon_lr, momentum=muon_momentum, weight_decay=weight_decay))
-        for group in (g for o in made for g in o.param_groups):
-            group['lr_scale'] = group['lr'] / learning_rate if learning_rate else 1.0
-        return made
-
-    @staticmethod
-    def from_pretrained(name_or_dir, dtype=None, **flags):
-        """The model in a Hugging Face folder or of a name on its hub: see data/pretrained.py."""
-        from data.pretrained import load_pretrained
-        return load_pretrained(name_or_dir, dtype, **flags)
-
-    def save_pretrained(self, folder, tokenizer=None):
-        """Write a folder that AutoModelForCausalLM.from_pretrained (and AutoTokenizer's) opens."""
-        from data.pretrained import save_pretrained
-        save_pretrained(self, folder, tokenizer)
+        for_muon, decayed, not_decayed = [], [], []
+        for name, p in self.named_parameters():
+            if not p.requires_grad:
+                continue
+            is_block_matrix = name.startswith('h.') and p.dim() == 2 and 'router' not in name
+            if optimizer == 'muon' and is_block_matrix:
+                for_muon.append(p)
+            elif p.dim() > 1:
+                decayed.append(p)
+            else:
+                not_decayed.append(p)
+        groups = [{'params': decayed, 'weight_decay': weight_decay},
+                  {'params': not_decayed, 'weight_decay': 0.0}]
+        fused = self.wte.weight.device.type in ('cuda', 'cpu')
+        optimizers = [torch.optim.AdamW(groups, learning_rate, betas, fused=fused)]
+        if for_muon:
+            optimizers.append(Muon(for_muon, muon_lr, muon_momentum, weight_decay))
+        for o in optimizers:
+            for group in o.param_groups:
+                group['peak_lr'] = group['lr']
+        return optimizers
 
     # ----- generation
 
     def new_cache(self, batch_size, max_tokens=None):
-        """An empty KVCache for batch_size rows; no larger than max_tokens need, where that is known."""
-        window = self.window if max_tokens is None else max(1, min(self.window, max_tokens))
-        dtype, device = self.wte.weight.dtype, self.wte.weight.device
-        dtype = torch.promote_types(dtype, torch.float32) if device.type == 'cpu' else torch.get_autocast_dtype(
-            device.type) if torch.is_autocast_enabled(device.type) else dtype  # a CPU's attention is faster in float32
+        """An empty KVCache for batch_size rows. If max_tokens is known, the cache is no larger than
+        that."""
+        window = self.config.window_size
+        if max_tokens is not None:
+            window = max(1, min(window, max_tokens))
+        device = self.wte.weight.device
+        dtype = self.wte.weight.dtype
+        if device.type == 'cpu':
+            dtype = torch.promote_types(dtype, torch.float32)  # as in Attention
+        elif torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
         return KVCache(self.config, window, batch_size, dtype, device)
 
+    def next_logits(self, tokens, cache, padded):
+        """The logits (B, V) of the token after `tokens` (B, T), in float32. `padded`: there may be
+        -1 among the tokens."""
+        # A long prompt enters the cache in chunks of block_size. Only the last token is read.
+        chunk_size = tokens.size(1) if cache is None else self.config.block_size
+        for chunk in tokens.split(chunk_size, dim=1):
+            pos = None
+            if padded:
+                real = chunk >= 0
+                start = 0 if cache is None else cache.length[:, None]
+                pos = torch.where(real, start + real.cumsum(dim=1) - 1, -1)
+            last_token = (slice(None), -1)  # of every row
+            h = self.hidden(chunk, cache, pos, read=last_token)       # (B, C)
+        return self.lm_head(h).float()
+
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=(), use_cache=True, generator=None):
-        """Yield the next ids (B,) one step at a time; -1 for a row that has ended. See generate."""
-        c, (B, T) = self.config, idx.shape
-        training, stop = self.training, torch.tensor(list(stop), dtype=torch.long, device=idx.device)
-        ended = torch.zeros(B, dtype=torch.bool, device=idx.device)
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=(),
+               use_cache=True, generator=None, suppress=()):
+        """Yield the next ids (B,), one step at a time; -1 for a row that has ended. See
+        generate."""
+        c = self.config
+        B, T = idx.shape
         if not c.causal:
             raise ValueError('causal False sees all tokens at once: it cannot generate')
         if T == 0 or (idx[:, -1] < 0).any():
-            raise ValueError('generation needs a token at the end of every row; padding (-1) stands on the left')
+            raise ValueError('generation needs a token at the end of every row; padding (-1) '
+                             'belongs on the left')
         if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-            raise ValueError(f'temperature {temperature} and top_k {top_k} must be at least 0, top_p {top_p} in (0, 1]')
-        if c.pos == 'learned':
-            idx = idx[:, -c.block_size:]
-        ragged = bool((idx < 0).any())
+            raise ValueError(f'temperature {temperature} and top_k {top_k} must be at least 0, '
+                             f'top_p {top_p} in (0, 1]')
+        stop = torch.tensor(list(stop), dtype=torch.long, device=idx.device)
+        suppress = torch.tensor(list(suppress), dtype=torch.long, device=idx.device)
+        ended = torch.zeros(B, dtype=torch.bool, device=idx.device)
+        padded = bool((idx < 0).any())
+
+        # With a cache each pass computes only the new tokens; without one, all tokens so far.
+        # Learned positions end at block_size; past it, the last block is computed for each token.
+        is_learned = c.pos == 'learned'
+        if is_learned and T + max_new_tokens > c.block_size:
+            use_cache = False
         cache = self.new_cache(B, T + max_new_tokens) if use_cache else None
-        fresh = idx                                                   # what the cache has not seen
-        try:
-            self.eval().apply(lambda layer: isinstance(layer, Linear) and layer.prepare(B))
-            for _ in range(max_new_tokens):
-                if c.pos == 'learned' and idx.size(1) > c.block_size:  # no streaming: the last block, anew
-                    idx = fresh = idx[:, -c.block_size:]
-                    cache = None
-                fresh = idx if cache is None else fresh
-                for chunk in fresh.split(c.block_size if cache is not None else fresh.size(1), dim=1):
-                    pos = None
-                    if ragged:
-                        real = chunk >= 0
-                        start = 0 if cache is None else cache.length[:, None]
-                        pos = torch.where(real, start + real.cumsum(1) - 1, -1)
-                    with torch.autocast('cpu', enabled=False):        # prepared layers know it; the rest is faster without
-                        h = self.hidden(chunk, cache, pos, read=(slice(None), -1))  # (B, C)
-                logits = self.lm_head(h).float()
-                fresh = logits.argmax(-1, keepdim=True) if temperature == 0 else torch.multinomial(
-                    sampling_probs(logits, temperature, top_k, top_p), 1, generator=generator)
-                fresh = fresh.masked_fill(ended[:, None], -1)
-                ragged = ragged or bool(ended.any())
-                idx = torch.cat((idx, fresh), dim=1) if cache is None or c.pos == 'learned' else idx
-                yield fresh[:, 0]
-                ended = ended | torch.isin(fresh[:, 0], stop)
-                if ended.all():
-                    break
-        finally:
-            self.train(training).apply(lambda layer: isinstance(layer, Linear) and layer.prepare(0))
+        tokens = idx  # what the next pass computes
+        for _ in range(max_new_tokens):
+            # 1. the logits of the next token
+            if is_learned:
+                tokens = tokens[:, -c.block_size:]
+            with evaluation_mode(self):
+                logits = self.next_logits(tokens, cache, padded)
+            logits[:, suppress] = -math.inf
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=(), use_cache=True, generator=None):
-        """Continue idx (B, T) by sampling -> (B, T + n), n <= max_new_tokens.
+            # 2. choose it
+            if temperature == 0:
+                new = logits.argmax(dim=-1, keepdim=True)             # (B, 1)
+            else:
+                probs = sampling_probs(logits, temperature, top_k, top_p)
+                new = torch.multinomial(probs, 1, generator=generator)
+            new = new.masked_fill(ended[:, None], -1)
+            yield new[:, 0]
 
-        temperature 0 is greedy; top_k keeps the k likeliest tokens and their equals (0 = all); top_p the fewest whose probability
-        reaches p (arXiv 1904.09751). A row ends with the first token that is in `stop`; after it stands -1. Prompts of different
-        lengths are padded on the left with -1. Any length streams past block_size, but for learned positions, which then see the
-        last block only. The model is left in the mode it was found in; the same generator state gives the same tokens."""
-        steps = list(self.stream(idx, max_new_tokens, temperature, top_k, top_p, stop, use_cache, generator))
-        return torch.cat((idx, torch.stack(steps, dim=1)), dim=1) if steps else idx
+            # 3. a row ends with a stop token; the steps after it give padding
+            padded = padded or bool(ended.any())
+            ended = ended | torch.isin(new[:, 0], stop)
+            if ended.all():
+                break
+            tokens = torch.cat((tokens, new), dim=1) if cache is None else new
 
-def sampling_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """The distribution (B, V) that a token is drawn from, of logits (B, V)."""
-    probs = F.softmax(logits / (temperature or 1.0), dim=-1)
-    if 0 < top_k < probs.size(-1):
-        probs = probs.masked_fill(probs < probs.topk(top_k).values[:, -1:], 0.0)
-    if top_p < 1.0:
-        ordered, order = probs.sort(dim=-1, descending=True)
-        ordered[ordered.cumsum(-1) - ordered >= top_p * ordered.sum(-1, keepdim=True)] = 0.0  # the token that
-        probs = torch.zeros_like(probs).scatter(-1, order, ordered)                         # crosses p is kept
-    return probs / probs.sum(-1, keepdim=True)
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=(),
+                 use_cache=True, generator=None, suppress=()):
+        """
+        Continue idx (B, T) by sampling -> (B, T + n), n <= max_new_tokens.
+
+        temperature 0 is greedy; see sampling_probs for temperature, top_k and top_p. A row ends
+        with the first token in `stop`; after it come -1. Prompts of different lengths are padded on
+        the left with -1. Ids in `suppress` are never sampled. The text may become longer than
+        block_size (see hidden); with learned positions the model then sees only the last block. The
+        model stays in its mode; the same state of the generator gives the same tokens.
+        """
+        new = list(self.stream(idx, max_new_tokens, temperature, top_k, top_p, stop, use_cache,
+                               generator, suppress))
+        if not new:
+            return idx
+        return torch.cat((idx, torch.stack(new, dim=1)), dim=1)
+
+
+# -----------------------------------------------------------------------------
+# Heads
 
 class ScalarHead(nn.Module):
-    """One number a hidden state: the reward of a sequence or the value of each token. Starts as N(0, std)."""
+    """One number per hidden state: the reward of a response, or the value of each token. In
+    float32. The weights start as N(0, std)."""
+
     def __init__(self, n_embd, std=0.0):
         super().__init__()
         self.proj = nn.Linear(n_embd, 1)
@@ -584,67 +1092,114 @@ class ScalarHead(nn.Module):
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, h):
-        """h (..., C) -> a value for each (...)."""
-        return self.proj(h).squeeze(-1)
+        """h (..., C) -> (...)."""
+        with torch.autocast(h.device.type, enabled=False):
+            values = F.linear(h.float(), self.proj.weight.float(), self.proj.bias.float())
+        return values.squeeze(-1)
 
-    def score(self, h, read):
-        """One score a row (B,): the mean over the tokens where read (B, T) is True, whose hidden states are h (N, C)."""
-        values = self(h)
-        return values.new_zeros(read.shape).masked_scatter(read, values).sum(1) / read.sum(1)
 
 class RewardModel(nn.Module):
-    """A trunk and a ScalarHead: the score of a whole conversation (arXiv 2203.02155, section 3.5). `shift` and
-    `scale`, set after training, bring the scores of the policy's answers to mean 0 and variance 1."""
+    """
+    A GPT as trunk and a ScalarHead: the score of a whole conversation (arXiv 2203.02155, section
+    3.5). An encoder (causal=False) averages over the response, a decoder reads its last token.
+    `shift` and `scale`, set after training, bring the scores of the SFT policy's responses to mean
+    0, variance 1.
+    """
+
     def __init__(self, trunk):
         super().__init__()
-        self.trunk, self.head = trunk, ScalarHead(trunk.config.n_embd, std=(trunk.config.n_embd + 1) ** -0.5)
-        trunk.lm_head.requires_grad_(trunk.config.tie_weights)        # a head of its own stays as it was: only restoring reads it
+        self.trunk = trunk
+        std = 1 / math.sqrt(trunk.config.n_embd + 1)  # as in arXiv 1909.08593
+        self.head = ScalarHead(trunk.config.n_embd, std)
+        if not trunk.config.tie_weights:
+            # The output layer is read by the denoising task only; a separate one stays frozen.
+            trunk.lm_head.requires_grad_(False)
         self.register_buffer('shift', torch.zeros(()))
         self.register_buffer('scale', torch.ones(()))
 
     def forward(self, idx, mask=None, targets=None):
-        """idx (B, T), -1 = padding, on any side; mask (B, T), 1 on the answer (None = on all), of which an encoder reads the
-        mean, a decoder the last token -> scores (B,). With targets (B, T) also the mean cross-entropy, in nats, of what the
-        trunk's own head makes of the answers' tokens, over the targets that are not -1."""
+        """
+        idx (B, T), -1 = padding on either side; mask (B, T), 1 on the response (None = on all
+        tokens) -> scores (B,).
+
+        With targets (B, T), the denoising task of reward.py (encoders only): tokens to restore, -1
+        = none, all of them on the response. Then it returns (scores, loss), the mean cross-entropy
+        in nats of the trunk's own output layer over these tokens.
+        """
         real = idx >= 0
-        read = real if mask is None else real & (mask > 0)
-        read = read & (read.cumsum(1) == read.sum(1, keepdim=True)) if self.trunk.config.causal else read
-        h = self.trunk.hidden(idx, pos=torch.where(real, real.cumsum(1) - 1, -1), read=read.nonzero(as_tuple=True))
-        scores = (self.head.score(h, read) - self.shift) * self.scale
-        return scores if targets is None else (scores, F.cross_entropy(
-            self.trunk.lm_head(h[targets[read] >= 0]).float(), targets[targets >= 0]))
+        pos = torch.where(real, real.cumsum(dim=1) - 1, -1)
+        is_read = real if mask is None else real & (mask > 0)         # tokens that the head reads
+        if self.trunk.config.causal:
+            is_last = is_read.cumsum(dim=1) == is_read.sum(dim=1, keepdim=True)
+            is_read = is_read & is_last
+        row, column = is_read.nonzero(as_tuple=True)
+        h = self.trunk.hidden(idx, pos=pos, read=(row, column))       # (N, C)
+        values = self.head(h)                                         # (N,)
+        # the mean of the values of each row
+        table = values.new_zeros(idx.shape).index_put((row, column), values)  # (B, T)
+        scores = table.sum(dim=1) / is_read.sum(dim=1)
+        scores = (scores - self.shift) * self.scale
+        if targets is None:
+            return scores
+        read_targets = targets[row, column]                           # (N,)
+        has_target = read_targets >= 0
+        logits = self.trunk.lm_head(h[has_target]).float()
+        return scores, F.cross_entropy(logits, read_targets[has_target])
+
+
+# -----------------------------------------------------------------------------
+# Muon
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal, for the 2-D weights of hidden layers (Jordan et al. 2024,
-    https://kellerjordan.github.io/posts/muon). As torch.optim.Muon, but matrices of one shape go through Newton-Schulz as one
-    batch, and on a CPU in float32: where bfloat16 is emulated it takes 40 times as long."""
+    """
+    Momentum whose update is orthogonalised, for the matrices of hidden layers (Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon). The same as torch.optim.Muon, except that matrices
+    of one shape are orthogonalised as one batch, and on a CPU in float32.
+    """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.1, steps=5):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=steps))
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
+                                      steps=steps))
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, momentum, by_shape = group['lr'], group['momentum'], {}
-            for p in (p for p in group['params'] if p.grad is not None):
-                buffer = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p))
-                buffer.lerp_(p.grad, 1 - momentum)
-                by_shape.setdefault(p.shape, []).append((p, p.grad.lerp(buffer, momentum)))  # Nesterov
-            for (rows, columns), pairs in by_shape.items():
-                update = orthogonalize(torch.stack([g for _, g in pairs]), group['steps'])
-                for (p, _), u in zip(pairs, update):
-                    p.mul_(1 - lr * group['weight_decay'])
-                    p.add_(u.to(p.dtype), alpha=-lr * max(1, rows / columns) ** 0.5)
+            # 1. momentum (Nesterov)
+            by_shape = {}  # shape -> [(parameter, update)]
+            for p in group['params']:
+                if p.grad is None:
+                    continue
+                if 'momentum_buffer' not in self.state[p]:
+                    self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+                buffer = self.state[p]['momentum_buffer']
+                buffer.lerp_(p.grad, 1 - group['momentum'])
+                update = p.grad.lerp(buffer, group['momentum'])
+                by_shape.setdefault(p.shape, []).append((p, update))
 
-def orthogonalize(g, steps=5):
-    """Bring all singular values of the matrices g (n, rows, columns) near 1 by Newton-Schulz steps of the
-    quintic a x + b x^3 + c x^5, whose coefficients are chosen for their steep start."""
+            # 2. orthogonalise all matrices of a shape together, then decay and step
+            for (rows, columns), pairs in by_shape.items():
+                stacked = torch.stack([update for _, update in pairs])
+                directions = orthogonalize(stacked, group['steps'])
+                scale = math.sqrt(max(1, rows / columns))
+                for (p, _), direction in zip(pairs, directions):
+                    p.mul_(1 - group['lr'] * group['weight_decay'])
+                    p.add_(direction.to(p.dtype), alpha=-group['lr'] * scale)
+
+
+def orthogonalize(matrices, steps=5):
+    """
+    Bring all singular values of the matrices (n, rows, columns) near 1 by Newton-Schulz steps
+    x <- a x + b (x x^T) x + c (x x^T)^2 x. The coefficients let small singular values grow fast.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.float() if g.is_cpu else g.bfloat16()
-    tall = x.size(1) > x.size(2)
-    x = x.mT if tall else x
+    # A CPU may emulate bfloat16, which takes 40 times as long.
+    x = matrices.float() if matrices.is_cpu else matrices.bfloat16()
+    is_tall = x.size(1) > x.size(2)
+    if is_tall:
+        x = x.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram^2
+        x = torch.baddbmm(x, polynomial, x, beta=a)                    # a x + polynomial x
+    return x.mT if is_tall else x

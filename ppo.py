@@ -1,85 +1,106 @@
 """
-PPO: the policy answers prompts, a reward model scores the answers, and the policy moves towards what scored well without
-going far from where it started (arXiv 1707.06347, 1909.08593, 2203.02155).
+PPO: the policy responds to prompts, a reward model scores the responses, and the policy moves
+towards those that scored well, while a KL penalty keeps it near its reference, the SFT model it
+started from (arXiv 1707.06347, 1909.08593, 2203.02155).
 
-    python ppo.py                                       wordplay, from the models of sft.py and reward.py
-    python ppo.py --reward=gold                         the true measure in place of the reward model, to debug
-    python ppo.py --adv=rloo                            no critic: each answer against others to the same prompt
-    python ppo.py --init_from=resume                    go on after a stop
+    python ppo.py                                        wordplay, from sft.py and reward.py
+    python ppo.py --reward=gold                          score with the dataset's checking function
+    python ppo.py --adv=rloo                             no critic: compare responses to a prompt
+    python ppo.py --init_from=resume                     continue a stopped run
 
-An iteration is: prompts -> answers -> scores -> advantages -> a few epochs of clipped updates. It departs from the papers
-in this: log-probabilities of the answers are computed anew with the training forward pass, since those of the cache
-differ in the last bits; GRPO's KL penalty is part of the reward, as in the other two, not of the loss; and the gain of the
-last norm, which says how sure the policy is of everything, learns at a rate of its own.
+One iteration: prompts -> responses -> scores -> advantages -> a few epochs of clipped updates.
+
+Departures from the papers:
+- All: the old log-probabilities are recomputed with the forward pass of training, because those of
+  the KV cache differ in the last bits. The updates of an iteration end early beyond kl_stop. The
+  final norm's weight, which acts as an inverse temperature, has its own learning rate.
+- PPO (arXiv 1909.08593, 2203.02155): the value head shares the policy's trunk, unless
+  separate_critic; there is no pretraining loss.
+- RLOO (arXiv 2402.14740): updates are clipped as in PPO, and may be several per rollout.
+- GRPO (arXiv 2402.03300): the reference is the SFT model throughout, not renewed.
 """
-import copy, math, time
+import copy
+import math
+import os
+import time
 from dataclasses import asdict
+
+# configurator comes first: it answers --help before torch is loaded
+from configurator import (Logger, StopSignal, check_choice, check_divisible, configure,
+                          divergence_error, generator_for, one_line, parallel, peak_memory_mb,
+                          restore_optimizers, resume, save_checkpoint, schedule_factor, start_run,
+                          sum_over_ranks)
 import torch
 import torch.nn as nn
-from bpe import printable
-from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, one_of, parallel,
-                          peak_memory_mb, resume, rng, save_checkpoint, start_run, sum_over_ranks)
-from data.answers import answer, best_of, exact_match, length_chunks, pad_left, prompt_ids, short_prompts
-from data.dataset import endless_order, load_examples, load_gold
-from data.pretrained import load_chat_model, load_reward_model
-from model import ScalarHead
+
+from assets.draw import draw_curves
+from data.examples import endless_order, load_examples, load_function, load_gold
+from data.pretrained import load_chat_model, load_reward_model, restore_weights
+from model import ScalarHead, skip_idle_experts
+from sample import (answer, best_of_n, encode_prompts, exact_match, fast_decoding, pad_left,
+                    prompt_limit)
 
 # -----------------------------------------------------------------------------
-# where and when
+# the run
 out_dir = 'out/ppo'                # folder of the run: checkpoints, log, curves
-init_from = 'out/sft'              # 'scratch' | 'resume' | a run's folder | a Hugging Face folder or name
+init_from = 'out/sft'              # 'scratch' | 'resume' | a run's folder | a Hugging Face model
+reference_dir = ''                 # on resume: where the run's starting folder is now, if moved
 reward_model = 'out/reward'        # folder of a run of reward.py
+gold = ''                          # checking function, FILE.py:function; '' = the dataset's own
 seed = 1337                        # every random choice is a function of (seed, step)
-eval_interval = 20                 # iterations between evaluations, each with a few answers and a checkpoint
-eval_prompts = 200                 # held-out prompts answered at each of them
+eval_interval = 20                 # iterations between evaluations, each with a checkpoint
+eval_prompts = 200                 # held-out prompts per evaluation
 log_interval = 1                   # iterations between lines of the log
 tensorboard_log = False            # log to out_dir/tensorboard
-wandb_log = False                  # log to Weights & Biases, as project nanollm, by the name of the folder
+wandb_log = False                  # log to Weights & Biases, under the name of the folder
 # data
-dataset = 'wordplay'               # a folder of data/ with prompts_train.jsonl and prompts_val.jsonl, or the full path
-test_split = 'prompts_test'        # the final figures are of this file, or where it is not there of prompts_val
-test_prompts = 1000                # this many of its prompts are answered
-test_draws = 4                     # sampled answers to each
+dataset = 'wordplay'               # a folder of data/ with prompts_train, prompts_val, or its path
+test_split = 'prompts_test'        # file of the final figures; prompts_val if there is none
+test_prompts = 1000                # number of its prompts
+test_draws = 4                     # sampled responses to each
 # rollout
-batch_size = 256                   # answers an iteration, over all ranks together
-minibatch_size = 64                # answers an update, over all ranks together
-gradient_accumulation_steps = 2    # parts of a minibatch, of like length, so that they are padded less
-max_new_tokens = 32                # of an answer
-temperature = 1.0                  # of sampling, and of policy, old policy and reference wherever they are compared
-use_cache = True                   # False = rollouts without the KV cache, to see what it saves
+batch_size = 256                   # responses per iteration, over all ranks together
+minibatch_size = 64                # responses per update, over all ranks together
+gradient_accumulation_steps = 2    # micro-batches per minibatch on each rank, sorted by length
+max_new_tokens = 32                # per response
+temperature = 1.0                  # of sampling; divides the logits of policy and reference too
+use_cache = True                   # False = rollouts without the KV cache, to compare
 # reward
-reward = 'model'                   # 'model' | 'gold' (the data set's own measure, exact or not)
-missing_end_score = -3.0           # replaces the score of an answer that did not end by itself
-length_penalty = 0.0               # taken from the score for each token of the answer
-score_clip = 0.0                   # largest score either way; 0 = no clipping
+reward = 'model'                   # 'model' | 'gold' | FILE.py:function(prompt, response)
+missing_end_score = -3.0           # replaces the score of a response without an end token
+length_penalty = 0.0               # subtracted from the score per token of the response
+score_clip = 0.0                   # scores are clipped to +-score_clip; 0 = no clipping
 kl_control = 'fixed'               # 'fixed' | 'adaptive' (arXiv 1909.08593, section 2.2) | 'none'
-kl_coef = 0.05                     # weight of the KL penalty, at the start where it is adaptive
-kl_target = 0.4                    # nats an answer, which the adaptive weight steers to
-kl_horizon = 5000                  # answers in which it may change by a fifth, at most
-whiten_rewards = False             # rewards of variance 1 over the batch, their mean kept
+kl_coef = 0.05                     # weight of the KL penalty; 'adaptive' starts with it
+kl_target = 0.4                    # nats per response that 'adaptive' aims at
+kl_horizon = 5000                  # the coefficient changes by at most 20% per this many responses
+whiten_rewards = False             # divide rewards by their standard deviation, keep their mean
 # advantages and losses
-adv = 'gae'                        # 'gae' (a critic; arXiv 1506.02438) | 'rloo' (2402.14740) | 'grpo' (2402.03300)
-group_size = 4                     # answers to each prompt, for rloo and grpo
+adv = 'gae'                        # 'gae' (with a critic) | 'rloo' | 'grpo'
+group_size = 4                     # responses to each prompt, for rloo and grpo
+grpo_std = True                    # divide by the standard deviation; False = Dr. GRPO
+loss_mean = 'auto'                 # 'token' (all tokens weigh the same, as in DAPO) | 'response'
+                                   # (all responses do) | 'auto' = 'response' for grpo, else 'token'
 gamma = 1.0
 lam = 0.95
-clip_range = 0.2                   # of the policy's ratio
-value_clip = 0.2                   # of the value's change
+clip_range = 0.2                   # of the ratio to the old policy
+value_clip = 0.2                   # of the change of a value
 value_coef = 0.1                   # weight of the value loss
-separate_critic = False            # True = the value has a trunk of its own, False = it reads the policy's
-ppo_epochs = 1                     # passes over an iteration's answers: more learn more from each, and drift further
-kl_stop = 0.1                      # end an iteration's updates where the policy has moved this far; 0 = never
+separate_critic = False            # True = the value head has a trunk of its own
+ppo_epochs = 1                     # passes over the responses of an iteration
+kl_stop = 0.1                      # end the updates of an iteration beyond this approxkl; 0 = never
 # optimizer and schedule
-learning_rate = 2e-4
-gain_lr = 2e-2                     # of the gain of the last norm, by which the policy is surer of all it says, or less sure
-critic_lr = 1e-3                   # of a separate critic, and of the value head
+learning_rate = 2e-4               # of all parameters but those of the next two
+gain_lr = 2e-2                     # of the final norm's weight, an inverse temperature
+critic_lr = 1e-3                   # of the value head and of a separate critic
 max_iters = 60                     # iterations
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0                    # largest gradient norm; 0 = no clipping
-lr_schedule = 'linear'             # 'cosine' | 'linear' | 'wsd' (warm-up, stable, decay) | 'constant'
+lr_schedule = 'linear'             # 'cosine' | 'linear' | 'wsd' | 'constant'
 warmup_iters = 5
 attn = 'auto'                      # 'auto' | 'sdpa' | 'manual'
-moe_aux_weight = 0.01              # weight of the load-balancing loss, where experts have moe_balance 'aux'
+moe_aux_weight = 0.01              # weight of the load-balancing loss, if moe_balance is 'aux'
 # machine
 backend = 'nccl'                   # of torch.distributed on GPUs; on CPUs it is gloo
 device = 'auto'                    # 'auto' | 'cpu' | 'cuda' | 'cuda:1' | 'mps'
@@ -87,294 +108,732 @@ dtype = 'auto'                     # 'auto' | 'float32' | 'bfloat16' | 'float16'
 compile = 'auto'                   # 'auto' | True | False: torch.compile
 # -----------------------------------------------------------------------------
 
+
 class Policy(nn.Module):
-    """A language model and a value for every token, from the same hidden states or from a critic's own."""
+    """A language model with a value for every token. The value head reads the hidden states of the
+    language model or, with separate_critic, of a copy of its own. It starts at zero."""
+
     def __init__(self, gpt, separate_critic):
         super().__init__()
-        self.gpt, self.value_head = gpt, ScalarHead(gpt.config.n_embd)  # starts at zero everywhere
-        self.critic = copy.deepcopy(gpt) if separate_critic else None
+        self.gpt = gpt
+        self.value_head = ScalarHead(gpt.config.n_embd)
+        self.critic = None
         if separate_critic:
-            self.critic.lm_head.requires_grad_(gpt.config.tie_weights)
+            self.critic = copy.deepcopy(gpt)
+            if not gpt.config.tie_weights:
+                self.critic.lm_head.requires_grad_(False)  # a critic has no use for it
 
-    def forward(self, idx, read=...):
-        """idx (B, T), -1 = padding on the right -> logits (B, T, V) of the next token, values (B, T); `read` as in GPT.hidden."""
-        idx = idx.clamp(min=0)  # a causal model's real tokens see no padding that stands on the right
+    def forward(self, idx, read=None):
+        """idx (B, T), -1 = padding on the right -> logits (B, T, V) of the next token, values (B,
+        T); or (N, V) and (N,) at `read`, see GPT.hidden."""
         h = self.gpt.hidden(idx, read=read)
-        values = self.value_head(h if self.critic is None else self.critic.hidden(idx, read=read))
-        return self.gpt.lm_head(h).float() / temperature, values.float()
+        logits = self.gpt.lm_head(h)
+        if self.critic is not None:
+            h = self.critic.hidden(idx, read=read)
+        return logits, self.value_head(h)
 
-# ----- The parts of the objective. Tensors are (B, T): a row an answer with its prompt, a column a predicted token; mask is 1
-# where the token was the policy's own, its end included. The losses also take these tokens alone, (N,), as the update has them.
+
+# The parts of the objective. Tensors are (B, T), one row per prompt with its response, one column
+# per predicted token; mask is 1 on the tokens of the response, its end token included. The losses
+# and the mean also take the N response tokens alone, (N,), and weights in place of the mask.
+
+def log_softmax(logits, temperature, suppress=()):
+    """Log-probabilities (N, V) of the distribution that is sampled from, in float32. Ids in
+    `suppress`, which pad the vocabulary, have probability 0."""
+    logits = logits.float() / temperature
+    if len(suppress):
+        logits = logits.index_fill(1, torch.tensor(suppress, device=logits.device), -1e9)
+    return logits.log_softmax(dim=-1)
+
 
 def masked_mean(x, mask):
     return (x * mask).sum() / mask.sum()
 
+
 def whiten(x, mask, keep_mean=False):
-    """x with mean 0 (or its own) and variance 1 over what mask holds, on all ranks together."""
-    sums = torch.stack((mask.sum(), (x * mask).sum(), (x.square() * mask).sum())).to(torch.float32 if x.is_mps else torch.float64)
-    n, total, squares = sum_over_ranks(sums)
-    mean, variance = total / n, squares / n - (total / n) ** 2
-    return (((x - mean) / (variance + 1e-8).sqrt() + (mean if keep_mean else 0)) * mask).float()
+    """x with variance 1 and mean 0 (or its own mean) over the tokens in mask, of all ranks
+    together; 0 elsewhere."""
+    sum_dtype = torch.float32 if x.is_mps else torch.float64
+    sums = torch.stack((mask.sum(), (x * mask).sum(), (x.square() * mask).sum())).to(sum_dtype)
+    n, total, total_squares = sum_over_ranks(sums)
+    mean = total / n
+    variance = total_squares / n - mean ** 2
+    whitened = (x - mean) / (variance + 1e-8).sqrt()
+    if keep_mean:
+        whitened = whitened + mean
+    return (whitened * mask).float()
+
 
 def compute_gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimation (arXiv 1506.02438, equation 16): advantage_t = sum over l >= 0 of
-    (gamma lam)^l delta_{t+l}, with delta_t = reward_t + gamma value_{t+1} - value_t, and 0 for the value after the
-    last token of a row's mask. Returns (advantages, returns), both 0 outside the mask; returns = advantages + values."""
-    advantages, running = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.size(1))):
-        after = values[:, t + 1] * mask[:, t + 1] if t + 1 < rewards.size(1) else 0.0
-        running = (rewards[:, t] + gamma * after - values[:, t] + gamma * lam * running) * mask[:, t]
-        advantages[:, t] = running
+    """
+    Generalised advantage estimation (arXiv 1506.02438, equation 16):
+
+        delta_t     = reward_t + gamma * value_{t+1} - value_t
+        advantage_t = delta_t + gamma * lam * advantage_{t+1}
+
+    where value and advantage after the last token of a row are 0. Returns (advantages, returns),
+    (B, T), with returns = advantages + values; both are 0 outside the mask.
+
+    Three tokens and a reward of 1 at the end, with gamma 1 and lam 0.5: the deltas are 0.1, 0.1,
+    0.4.
+
+    >>> rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.4, 0.5, 0.6]])
+    >>> advantages, returns = compute_gae(rewards, values, torch.ones(1, 3), gamma=1.0, lam=0.5)
+    >>> advantages                                    # 0.1 + 0.5 * 0.3, 0.1 + 0.5 * 0.4, 0.4
+    tensor([[0.2500, 0.3000, 0.4000]])
+    >>> returns
+    tensor([[0.6500, 0.8000, 1.0000]])
+    """
+    T = rewards.size(1)
+    advantages = torch.zeros_like(rewards)
+    next_advantage = torch.zeros_like(rewards[:, 0])
+    next_value = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(T)):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]
+        next_value = values[:, t] * mask[:, t]
+        advantages[:, t] = next_advantage
     return advantages, (advantages + values) * mask
 
-def group_advantages(returns, group_size, kind):
-    """Advantages (B,) of whole answers with returns (B,), each against the others to the same prompt, which stand side
-    by side: 'rloo' minus the mean of the others; 'grpo' minus the mean of all, over their standard deviation."""
-    groups = returns.view(-1, group_size)
-    if kind == 'rloo':
-        others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
-        return (groups - others).flatten()
-    return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten()
 
-def policy_loss(logp, old_logp, advantages, mask, clip_range):
-    """The clipped objective of arXiv 1707.06347, equation 7, to be minimised: a token whose ratio to the old policy has
-    left [1 - clip, 1 + clip] in the direction that its advantage wants adds no gradient."""
-    ratio = (logp - old_logp).exp()
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return masked_mean(-torch.min(ratio * advantages, clipped * advantages), mask)
+def rloo_advantages(returns, group_size):
+    """
+    Advantages (B,) of whole responses with returns (B,), the group_size responses to one prompt
+    side by side: the return minus the mean of the others in the group (RLOO, arXiv 2402.14740).
+
+    >>> rloo_advantages(torch.tensor([1.0, 0.0, 0.0]), group_size=3)
+    tensor([ 1.0000, -0.5000, -0.5000])
+    """
+    groups = returns.view(-1, group_size)
+    mean_of_others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
+    return (groups - mean_of_others).flatten()
+
+
+def grpo_advantages(scores, group_size, divide_by_std=True):
+    """
+    Advantages (B,) of whole responses with scores (B,), the group_size responses to one prompt side
+    by side: the score minus the mean of the group, divided by its standard deviation (GRPO, arXiv
+    2402.03300) or not (Dr. GRPO, arXiv 2503.20783). They are 0 if all scores of a group are equal.
+
+    >>> grpo_advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), group_size=2)
+    tensor([ 0.7070, -0.7070,  0.0000,  0.0000])
+    """
+    groups = scores.view(-1, group_size)
+    advantages = groups - groups.mean(dim=1, keepdim=True)
+    if divide_by_std:
+        advantages = advantages / (groups.std(dim=1, keepdim=True) + 1e-4)
+    return advantages.flatten()
+
+
+def k3_estimate(logprobs, ref_logprobs):
+    """An estimate, at least 0, of the KL of each token to the reference, in nats (Schulman,
+    http://joschu.net/blog/kl-approx.html)."""
+    difference = ref_logprobs - logprobs
+    return difference.exp() - 1 - difference
+
+
+def policy_loss(logprobs, old_logprobs, advantages, mask, clip_range):
+    """The clipped objective of arXiv 1707.06347, equation 7, to be minimised. A token whose ratio
+    to the old policy has left [1 - clip_range, 1 + clip_range] in the direction of its advantage
+    has no gradient."""
+    ratio = (logprobs - old_logprobs).exp()
+    pg_loss1 = -advantages * ratio
+    pg_loss2 = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    return masked_mean(torch.max(pg_loss1, pg_loss2), mask)
+
 
 def value_loss(values, old_values, returns, mask, value_clip):
-    """Half the squared error, of the value or of what of its change is left after clipping, whichever is larger."""
-    near = old_values + (values - old_values).clamp(-value_clip, value_clip)
-    return masked_mean(0.5 * torch.max((values - returns).square(), (near - returns).square()), mask)
+    """Half the larger of the clipped and the unclipped squared error, where the clipped value has
+    moved at most value_clip from the old one."""
+    change = (values - old_values).clamp(-value_clip, value_clip)
+    vf_loss1 = (values - returns).square()
+    vf_loss2 = (old_values + change - returns).square()
+    return masked_mean(0.5 * torch.max(vf_loss1, vf_loss2), mask)
+
+
+def update_loss(policy, batch, mb, T, kl_coef, config, suppress=()):
+    """
+    The loss of the responses in the rows with indices mb of a batch, read up to token T, and
+    metrics.
+    Returns (scalar, dict). batch: idx (B, longest), and as (B, longest - 1), one column per
+    predicted token: mask, weight, old_logprobs, ref_logprobs, old_values, advantages and returns.
+    """
+    # 1. what was recorded of the N response tokens; from here on all tensors are (N,)
+    row, column = batch['mask'][mb, :T - 1].nonzero(as_tuple=True)
+    where = mb[row], column
+    tokens = batch['idx'][mb[row], column + 1]
+    weight = batch['weight'][where]
+    advantages = batch['advantages'][where]
+    old_logprobs = batch['old_logprobs'][where]
+
+    # 2. the policy as it is now
+    logits, values = policy(batch['idx'][mb, :T], read=(row, column))  # (N, V), (N,)
+    logprobs = log_softmax(logits, config['temperature'], suppress)
+    logprobs = logprobs.gather(1, tokens[:, None])[:, 0]
+
+    # 3. the loss
+    pg_loss = policy_loss(logprobs, old_logprobs, advantages, weight, config['clip_range'])
+    loss = pg_loss
+    if config['adv'] == 'gae':
+        old_values = batch['old_values'][where]
+        vf_loss = value_loss(values, old_values, batch['returns'][where], weight,
+                             config['value_clip'])
+        loss = loss + config['value_coef'] * vf_loss
+    if config['adv'] == 'grpo':
+        k3 = k3_estimate(logprobs, batch['ref_logprobs'][where])
+        loss = loss + kl_coef * masked_mean(k3, weight)
+
+    # 4. metrics, with the names of TRL's PPO
+    with torch.no_grad():
+        change = logprobs - old_logprobs
+        ratio = change.exp()
+        clipped = ((ratio - 1).abs() > config['clip_range']).float()
+        metrics = {
+            # estimate of the KL to the old policy, nats per token
+            'policy/approxkl': masked_mean(change.square() / 2, weight),
+            # probability ratio to the old policy, 1 before the first update
+            'val/ratio': masked_mean(ratio, weight),
+            # share of tokens whose ratio is outside the clip range
+            'policy/clipfrac': masked_mean(clipped, weight),
+            'loss/policy': pg_loss.detach(),
+        }
+        if config['adv'] == 'gae':
+            # share of values that moved by more than value_clip
+            moved = ((values - old_values).abs() > config['value_clip']).float()
+            metrics['val/clipfrac'] = masked_mean(moved, weight)
+            metrics['loss/value'] = vf_loss.detach()
+    return loss, metrics
+
+
+def adapt_kl_coef(kl_coef, kl, kl_target, kl_horizon, n_responses):
+    """The adaptive KL coefficient after n_responses with a mean KL of `kl` nats per response
+    (arXiv 1909.08593, section 2.2)."""
+    error = min(0.2, max(-0.2, kl / kl_target - 1))
+    return kl_coef * (1 + error * n_responses / kl_horizon)
+
+
+def minimum_kl(before, after):
+    """
+    A lower bound of the KL, in nats per response: if the share of correct responses changes from
+    p = `before` to q = `after`, the KL is at least q ln(q / p) + (1 - q) ln((1 - q) / (1 - p)). A
+    policy that is close to this bound has changed little else.
+
+    >>> round(minimum_kl(0.65, 0.95), 3)
+    0.263
+    """
+    p = min(max(before, 1e-6), 1 - 1e-6)
+    q = min(max(after, 1e-6), 1 - 1e-6)
+    return q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
+
+
+# Rollouts and scores
+
+def length_chunks(idx, size):
+    """Yield (chunk, T): the indices of up to `size` rows of idx (B, T), padded with -1 on the
+    right, and the longest length among them. Rows are taken in the order of length, to compute
+    little padding."""
+    lengths = (idx >= 0).sum(dim=1)
+    for chunk in lengths.argsort().split(size):
+        yield chunk, int(lengths[chunk].max())
+
 
 def pack(idx, mask):
-    """Rows that are padded on both sides (-1) with their padding on the right, no longer than the longest."""
-    order = (idx < 0).long().argsort(dim=1, stable=True)[:, :(idx >= 0).sum(1).max()]
+    """Rows padded with -1 on both sides -> the same with padding on the right only, no longer than
+    the longest row. idx and mask (B, T)."""
+    longest = (idx >= 0).sum(dim=1).max()
+    order = (idx < 0).long().argsort(dim=1, stable=True)[:, :longest]  # real tokens first
     return idx.gather(1, order), mask.gather(1, order)
 
-def rollout(gpt, prompts, end, generator, device):
-    """Sample an answer to each prompt (lists of ids), from the plain softmax at `temperature`. Returns idx (B, T), prompt
-    and answer, padded on the right with -1; mask (B, T), 1 on the answer and its end; ended (B,)."""
-    idx = pad_left(prompts, device)
-    out = gpt.generate(idx, max_new_tokens, temperature, stop=[end], use_cache=use_cache, generator=generator)
-    said = (out >= 0) & (torch.arange(out.size(1), device=device) >= idx.size(1))
-    return *pack(out, said.long()), (said & (out == end)).any(1)
+
+def rollout(gpt, prompts, stop, max_new_tokens, temperature, generator, use_cache=True,
+            suppress=()):
+    """
+    Sample a response to each prompt (lists of ids) from the plain softmax at `temperature`. Returns
+    idx (B, T), prompt and response, padded with -1 on the right; mask (B, T), 1 on the response and
+    its end token; ended (B,), whether there is one of the tokens `stop`.
+    """
+    idx = pad_left(prompts, gpt.wte.weight.device)
+    with fast_decoding(gpt, len(prompts)):
+        out = gpt.generate(idx, max_new_tokens, temperature, stop=stop, use_cache=use_cache,
+                           generator=generator, suppress=suppress)
+    is_new = torch.arange(out.size(1), device=out.device) >= idx.size(1)
+    is_response = (out >= 0) & is_new
+    is_end = torch.isin(out, torch.tensor(stop, device=out.device))
+    ended = (is_response & is_end).any(dim=1)
+    idx, mask = pack(out, is_response.long())
+    return idx, mask, ended
+
 
 @torch.no_grad()
-def measure(policy, reference, idx, mask, batch):
-    """What the policy and the reference say of answers, `batch` rows at a time. All (B, T - 1), 0 where mask is 0:
-    log-probabilities of the tokens by both, values, the entropy, and the exact KL over the vocabulary, nats a token."""
-    found = torch.zeros(5, *idx[:, 1:].shape, device=idx.device)
-    for rows, T in length_chunks(idx, batch):
-        row, t = mask[rows, 1:T].nonzero(as_tuple=True)                # what stands at t tells the token after it
-        (logits, values), (before, _) = policy(idx[rows, :T], (row, t)), reference(idx[rows, :T].clamp(min=0), read=(row, t))
-        logp, ref = logits.log_softmax(-1), (before.float() / temperature).log_softmax(-1)
-        both = (x.gather(-1, idx[rows[row], t + 1][:, None])[:, 0] for x in (logp, ref))
-        entropy, kl = -(logp.exp() * logp).sum(-1), (logp.exp() * (logp - ref)).sum(-1)
-        found[:, rows[row], t] = torch.stack((*both, values, entropy, kl))
+def measure(policy, reference, idx, mask, temperature, batch_size, suppress=()):
+    """
+    What the policy and the reference compute for responses, batch_size rows at a time: a dict of
+    tensors (B, T - 1), 0 where mask is 0. In nats: logprobs and ref_logprobs of the tokens, entropy
+    of the policy, and kl, the exact KL over the whole vocabulary; and the values.
+    """
+    names = ('logprobs', 'ref_logprobs', 'values', 'entropy', 'kl')
+    found = {name: torch.zeros(idx[:, 1:].shape, device=idx.device) for name in names}
+    for chunk, T in length_chunks(idx, batch_size):
+        # The logits at position t predict token t + 1.
+        row, column = mask[chunk, 1:T].nonzero(as_tuple=True)
+        tokens = idx[chunk][row, column + 1][:, None]                  # (N, 1)
+        logits, values = policy(idx[chunk, :T], read=(row, column))    # (N, V), (N,)
+        ref_logits, _ = reference(idx[chunk, :T], read=(row, column))
+        logp = log_softmax(logits, temperature, suppress)
+        ref_logp = log_softmax(ref_logits, temperature, suppress)
+        where = chunk[row], column
+        found['logprobs'][where] = logp.gather(1, tokens)[:, 0]
+        found['ref_logprobs'][where] = ref_logp.gather(1, tokens)[:, 0]
+        found['values'][where] = values
+        found['entropy'][where] = -(logp.exp() * logp).sum(dim=1)
+        found['kl'][where] = (logp.exp() * (logp - ref_logp)).sum(dim=1)
     return found
 
-def shape(score, ended, length):
-    """The score (B,) as it is rewarded: clipped, less a penalty for length; missing_end_score where the end is missing."""
-    score = score.clamp(-score_clip, score_clip) if score_clip else score
-    return torch.where(ended, score - length_penalty * length, missing_end_score)
 
-def judge(idx, mask, rows, judge_model):
-    """Scores (B,) of answers to the prompts of rows: by the reward model, and by gold (exact; nan without that)."""
-    gold = torch.full((len(rows),), math.nan)
-    for i in range(len(rows) if gold_of else 0):
-        gold[i], _ = gold_of(rows[i]['prompt'], tok.decode([t for t in idx[i][mask[i] > 0].tolist() if t != end]))
-    score = gold.clone()
-    for rows, T in length_chunks(idx, minibatch_size) if judge_model else ():
-        with torch.no_grad():
-            score[rows.cpu()] = judge_model(idx[rows, :T], mask[rows, :T]).float().cpu()
-    return score, gold
+@torch.no_grad()
+def score_by_model(reward_model, idx, mask, batch_size):
+    """The reward model's scores (B,) of responses; idx and mask (B, T)."""
+    scores = torch.zeros(len(idx), device=idx.device)
+    for chunk, T in length_chunks(idx, batch_size):
+        scores[chunk] = reward_model(idx[chunk, :T], mask[chunk, :T]).float()
+    return scores
 
-def evaluate(gpt, tok, rows, draws, run, generator):
-    """Figures of the greedy answers to rows beside their gold responses, and of `draws` samples each; the samples as
-    [(text, ended)], a pass over the rows after the other; and the greedy answers."""
-    right = [row.get('response') for row in rows]
-    prompts = [prompt_ids(row['prompt'], tok) for row in rows]
+
+def score_by_function(function, rows, idx, mask, tok):
+    """Scores (B,) of responses to the prompts of rows by a function(prompt, response)."""
+    scores = []
+    for row, ids, is_response in zip(rows, idx, mask > 0):
+        new = ids[is_response].tolist()
+        text = tok.decode([token for token in new if token not in tok.eos_ids])
+        scores.append(function(row['prompt'], text))
+    return torch.tensor(scores, device=idx.device)
+
+
+def shape_scores(scores, ended, length, score_clip, length_penalty, missing_end_score):
+    """Reward shaping: the scores (B,) clipped to +-score_clip (0 = not), minus length_penalty per
+    token; missing_end_score for a response without an end token."""
+    if score_clip:
+        scores = scores.clamp(-score_clip, score_clip)
+    return torch.where(ended, scores - length_penalty * length, missing_end_score)
+
+
+def token_rewards(scores, log_ratio, mask, kl_coef):
+    """Rewards (B, T): on every token the KL penalty -kl_coef * log_ratio, where log_ratio is
+    logprobs - ref_logprobs; on the last token of the response also its score (B,)."""
+    is_last = (mask.cumsum(dim=1) == mask.sum(dim=1, keepdim=True)) & (mask > 0)
+    return (-kl_coef * log_ratio + is_last * scores[:, None]) * mask
+
+
+# Evaluation
+
+def evaluate(gpt, tok, rows, prompts, draws, max_new_tokens, temperature, run, generator):
+    """
+    (figures, greedy, sampled): figures that compare the responses to prompts with the gold
+    responses of the rows, if these are known; the greedy responses; and `draws` samples of each
+    prompt, [(text, ended)]: first one of every prompt, then a second one of every prompt, ...
+    """
+    gold_responses = [row.get('response') for row in rows]
     with run.autocast:
-        greedy = [text for text, _ in answer(gpt, tok, prompts, max_new_tokens, temperature=0)]
-        sampled = answer(gpt, tok, prompts * draws, max_new_tokens, temperature=temperature, generator=generator)
-    return {'exact_match': exact_match(greedy, right), 'exact_match_sampled': exact_match([a for a, _ in sampled], right * draws),
-            'ended': sum(ended for _, ended in sampled) / len(sampled)}, sampled, greedy
+        greedy = answer(gpt, tok, prompts, max_new_tokens, temperature=0)
+        sampled = answer(gpt, tok, prompts * draws, max_new_tokens, temperature=temperature,
+                         generator=generator)
+    greedy = [text for text, _ in greedy]
+    figures = {
+        'exact_match': exact_match(greedy, gold_responses),
+        'exact_match_sampled': exact_match([text for text, _ in sampled], gold_responses * draws),
+        'ended': sum(ended for _, ended in sampled) / len(sampled),
+    }
+    return figures, greedy, sampled
 
-if __name__ == "__main__":
-    config = configure(globals())
 
-    # 1. policy, reference, judge, prompts, machine
-    checkpoint = resume(config, {'dataset', 'separate_critic', 'adv'})
+def score_policy(policy, reference, rows, prompts, tok, scorer, reward_function, check_response,
+                 config, run):
+    """{score, gold, kl} of one sampled response to each prompt, as means: the score by the reward
+    model `scorer` or, if that is None, by reward_function; 1 or 0 by check_response, if there is
+    one; the KL to the reference."""
+    suppress = tok.missing_ids(policy.gpt.config.vocab_size)
+    batch_size = config['batch_size']
+    scores, gold_scores, kls = [], [], []
+    for i in range(0, len(rows), batch_size):
+        generator = generator_for(config['seed'], 'test score', i // batch_size, device=run.device)
+        with run.autocast:
+            idx, mask, ended = rollout(policy.gpt, prompts[i:i + batch_size], tok.eos_ids,
+                                       config['max_new_tokens'], config['temperature'], generator,
+                                       suppress=suppress)
+            found = measure(policy, reference, idx, mask, config['temperature'],
+                            config['minibatch_size'], suppress)
+            if scorer is not None:
+                scores.append(score_by_model(scorer, idx, mask, config['minibatch_size']))
+        batch_rows = rows[i:i + batch_size]
+        if scorer is None:
+            scores.append(score_by_function(reward_function, batch_rows, idx, mask, tok))
+        if check_response is not None:
+            gold_scores.append(score_by_function(check_response, batch_rows, idx, mask, tok))
+        kls.append(found['kl'].sum(dim=1))
+    figures = {'score': torch.cat(scores).mean().item(), 'kl': torch.cat(kls).mean().item()}
+    if gold_scores:
+        figures['gold'] = torch.cat(gold_scores).mean().item()
+    return figures
+
+
+def final_figures(policy, reference, rows, prompts, tok, scorer, reward_function, check_response,
+                  config, run):
+    """The figures of the test prompts, before (the reference) and after training."""
+    draws = config['test_draws']
+    found = {}
+    for name, gpt in (('before', reference), ('after', policy.gpt)):
+        generator = generator_for(config['seed'], 'test', device=run.device)
+        found[name] = evaluate(gpt, tok, rows, prompts, draws, config['max_new_tokens'],
+                               config['temperature'], run, generator)
+    before, _, sampled_before = found['before']
+    after, _, _ = found['after']
+    reference_policy = Policy(reference, separate_critic=False).to(run.device)
+    before |= score_policy(reference_policy, reference, rows, prompts, tok, scorer, reward_function,
+                           check_response, config, run)
+    del before['kl']  # of the reference to itself
+    figures = after | score_policy(policy, reference, rows, prompts, tok, scorer,
+                                   reward_function, check_response, config, run)
+    if after['exact_match_sampled'] is not None:
+        figures['kl_minimum'] = minimum_kl(before['exact_match_sampled'],
+                                           after['exact_match_sampled'])
+    for name, value in before.items():
+        figures[f'{name}_before'] = value
+
+    # The same reward model without PPO: the best of four samples of the reference.
+    gold_responses = [row.get('response') for row in rows]
+    if scorer is not None and draws >= 4 and None not in gold_responses:
+        # `sampled` has one pass over the rows after the other; best_of_n takes them row by row.
+        four = [sampled_before[draw * len(rows) + i] for i in range(len(rows)) for draw in range(4)]
+        conversations = [row['messages'] for row in rows]
+        best = best_of_n(scorer, tok, conversations, four, config['missing_end_score'])
+        figures['best_of_4'] = exact_match(best, gold_responses)
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def make_checkpoint(step, policy, optimizers, scaler, config, tok, kl_coef_now):
+    """What a run needs to resume (policy, with its value head), and what sample.py needs
+    (model)."""
+    return {'stage': 'ppo', 'step': step, 'model': policy.gpt.state_dict(),
+            'model_args': asdict(policy.gpt.config), 'policy': policy.state_dict(),
+            'tokenizer': tok.to_dict(), 'eos_ids': tok.eos_ids, 'config': config,
+            'kl_coef': kl_coef_now,
+            'optimizer': [o.state_dict() for o in optimizers], 'scaler': scaler.state_dict()}
+
+
+if __name__ == '__main__':
+    # 1. settings; a resumed run continues with its own
+    config, overrides = configure(globals())
+    config, checkpoint = resume(config, overrides, fixed={'dataset', 'separate_critic', 'adv'})
     globals().update(config)
-    at_least_one(config, 'eval_interval', 'log_interval', 'batch_size', 'minibatch_size', 'eval_prompts', 'test_prompts',
-                 'test_draws', 'max_new_tokens', 'ppo_epochs', 'gradient_accumulation_steps')
-    one_of(config, reward=('model', 'gold'), kl_control=('fixed', 'adaptive', 'none'), adv=('gae', 'rloo', 'grpo'))
-    group = 1 if adv == 'gae' else group_size
-    if batch_size % minibatch_size or batch_size % group or adv != 'gae' and group_size < 2:
-        raise ValueError(f'batch_size {batch_size} must be a multiple of minibatch_size {minibatch_size} and of group_size '
-                         f'{group}, which is at least 2 for {adv}')
-    if temperature <= 0:
-        raise ValueError(f'temperature must be above 0, for answers are sampled; got {temperature}')
-    train_rows, val_rows = (load_examples(dataset, f'prompts_{split}', 'prompt') for split in ('train', 'val'))
-    test_rows = load_examples(dataset, test_split, 'prompt', val_rows)[:test_prompts]
-    reference, tok = load_chat_model(init_from, config)
-    judge_model = load_reward_model(reward_model, tok) if reward == 'model' else None
-    gold_of, end = load_gold(dataset), tok.special['<|end|>']
-    if reward == 'gold' and gold_of is None:
-        raise ValueError(f"reward='gold': data/{dataset}/prepare.py has no function gold; take reward='model'")
+    # The run's first starting point, which is also the reference; resume() has restored init_from.
+    if reference_dir and not checkpoint:
+        raise ValueError('reference_dir is for a resumed run; a new one starts from init_from')
+    source = reference_dir or init_from
+    first_step = checkpoint.get('step', 0)
+    if '.py:' not in reward:
+        check_choice(config, 'reward', ('model', 'gold', 'FILE.py:function'))
+    check_choice(config, 'kl_control', ('fixed', 'adaptive', 'none'))
+    check_choice(config, 'adv', ('gae', 'rloo', 'grpo'))
+    check_choice(config, 'loss_mean', ('auto', 'response', 'token'))
+    if loss_mean == 'auto':
+        loss_mean = 'response' if adv == 'grpo' else 'token'
+    if temperature == 0:
+        raise ValueError('temperature must be above 0, because responses are sampled; got 0')
+    if adv != 'gae' and group_size < 2:
+        raise ValueError(f'group_size must be at least 2 for {adv}; got {group_size}')
+    responses_per_prompt = 1 if adv == 'gae' else group_size
+    if batch_size % minibatch_size:
+        raise ValueError(f'batch_size {batch_size} must be a multiple of minibatch_size '
+                         f'{minibatch_size}')
+    if batch_size % responses_per_prompt:
+        raise ValueError(f'batch_size {batch_size} must be a multiple of group_size {group_size}')
+
+    # 2. prompts and models
+    train_rows = load_examples(dataset, 'prompts_train', 'prompt')
+    val_rows = load_examples(dataset, 'prompts_val', 'prompt')
+    test_rows = load_examples(dataset, test_split, 'prompt', default=val_rows)[:test_prompts]
+    eval_rows = val_rows[:eval_prompts]
+    reference, tok = load_chat_model(source, config)
+    suppress = tok.missing_ids(reference.config.vocab_size)
+    block_size = reference.config.block_size
+    longest = prompt_limit(tok, block_size, max_new_tokens) + max_new_tokens
+    if reference.config.pos == 'learned' and longest > block_size:
+        raise ValueError(f'max_new_tokens {max_new_tokens} is too much for block_size '
+                         f"{block_size}, which pos 'learned' cannot exceed; lower it by "
+                         f'{longest - block_size}')
+    prompts = encode_prompts([row['messages'] for row in train_rows], tok, block_size,
+                             max_new_tokens)
+    val_prompts = encode_prompts([row['messages'] for row in eval_rows], tok, block_size,
+                                 max_new_tokens)
+    check_response = load_gold(dataset, gold)
+    scorer = None  # the reward model
+    reward_function = None
+    if reward == 'model':
+        scorer = load_reward_model(reward_model, tok)
+    elif reward == 'gold':
+        reward_function = check_response
+        if check_response is None:
+            raise ValueError(f"reward='gold': {dataset} has no checking function; give one by "
+                             '--gold=FILE.py:function')
+    else:
+        reward_function = load_function(reward)
     policy = Policy(copy.deepcopy(reference), separate_critic)
-    policy.load_state_dict(checkpoint.get('policy', policy.state_dict()))
-    first, kl_coef = checkpoint.get('step', 0), kl_coef if kl_control != 'none' else 0.0
-    if checkpoint and all(checkpoint['config'][key] == config[key] for key in ('kl_control', 'kl_coef')):
-        kl_coef = checkpoint['kl_coef']  # where it has got to
-    work = batch_size * 64 * (2 + ppo_epochs) * max_iters  # tokens, about
-    run = start_run(config, flops=reference.flops_per_token(64) * work)
-    for module in (reference, policy, judge_model):
-        module is not None and module.to(run.device).eval()
-    value = [p for name, p in policy.named_parameters() if name.startswith(('value_head', 'critic')) and p.requires_grad]
-    gain = policy.gpt.ln_f.weight
-    groups = [{'params': params, 'lr_scale': lr / (learning_rate or 1)} for params, lr in (
-        ([p for p in policy.gpt.parameters() if p is not gain], learning_rate), ([gain], gain_lr), (value, critic_lr))]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), eps=1e-5, weight_decay=0.0)
-    for old in checkpoint.get('optimizer', []):  # the moments, under this run's settings
-        optimizer.load_state_dict({'state': old['state'], 'param_groups': optimizer.state_dict()['param_groups']})
-    trained = parallel(policy, run, dynamic=True, minibatch_size=minibatch_size, prompts=batch_size // group)
-    logger, stop, share = Logger(out_dir, config, checkpoint.get('step'), run.master), StopSignal(), batch_size // run.world
-    prompts = short_prompts(train_rows, tok, policy.gpt.config.block_size, max_new_tokens)
-    before = evaluate(reference, tok, val_rows[:8], 1, run, None)[2] if run.master else []
+    if checkpoint:
+        restore_weights(policy, checkpoint.get('policy'), out_dir)
 
-    def snapshot(step):
-        return {'stage': 'ppo', 'step': step, 'model': policy.gpt.state_dict(), 'model_args': asdict(policy.gpt.config),
-                'policy': policy.state_dict(), 'optimizer': [optimizer.state_dict()], 'config': config,
-                'tokenizer': tok.to_dict(), 'kl_coef': kl_coef}
+    # 3. machine, optimizer, log
+    # Roughly 64 tokens per response and its prompt: in the rollout, the measurement and each epoch.
+    n_tokens = batch_size * 64 * (2 + ppo_epochs) * max_iters
+    # From the work to do, start_run decides whether compiling is worth its time.
+    run = start_run(config, flops=reference.flops_per_token(64) * n_tokens)
+    for module in (reference, policy, scorer):
+        if module is not None:
+            # In eval mode, also while training: dropout would make the ratios differ from 1.
+            module.to(run.device).eval()
+    norm_weight = policy.gpt.ln_f.weight
+    value_parameters = list(policy.value_head.parameters())
+    if separate_critic:
+        value_parameters += [p for p in policy.critic.parameters() if p.requires_grad]
+    groups = [
+        {'params': [p for p in policy.gpt.parameters() if p is not norm_weight],
+         'peak_lr': learning_rate},
+        {'params': [norm_weight], 'peak_lr': gain_lr},
+    ]
+    if adv == 'gae':
+        groups.append({'params': value_parameters, 'peak_lr': critic_lr})
+    else:
+        for p in value_parameters:  # there is no critic
+            p.requires_grad_(False)
+    optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), eps=1e-5,
+                                    weight_decay=0.0)]
+    restore_optimizers(optimizers, checkpoint)
+    if checkpoint.get('scaler'):
+        run.scaler.load_state_dict(checkpoint['scaler'])
+    prompts_per_step = batch_size // responses_per_prompt  # over all ranks
+    check_divisible(run, 'minibatch_size', minibatch_size)
+    check_divisible(run, 'the number of prompts per iteration', prompts_per_step)
+    # The same policy, compiled or averaging gradients over ranks, for the passes of training.
+    wrapped = parallel(policy, run, dynamic=True)
+    logger = Logger(out_dir, config, checkpoint.get('step'), run.is_master)
+    if run.is_master:
+        tok.save(os.path.join(out_dir, 'tokenizer.json'))
+    stop = StopSignal()
+    responses_before = []  # of the reference, to show beside those of the policy
+    if run.is_master:
+        _, responses_before, _ = evaluate(reference, tok, eval_rows[:8], val_prompts[:8], 1,
+                                          max_new_tokens, temperature, run,
+                                          generator_for(seed, 'before', device=run.device))
 
-    began, last_time, saved, rollout_seconds, train_seconds = time.time(), time.time(), first, 0.0, 0.0
-    for step in range(first, max(first, max_iters) + 1):
-        # 2. learning rate
-        lr = learning_rate_at(step, config)
-        for param_group in optimizer.param_groups:
-            param_group['lr'] = lr * param_group['lr_scale']
+    # The KL coefficient; a resumed run continues with its own, unless the settings changed.
+    kl_coef_now = 0.0 if kl_control == 'none' else kl_coef
+    if checkpoint:
+        saved = checkpoint['config']
+        if saved['kl_control'] == kl_control and saved['kl_coef'] == kl_coef:
+            kl_coef_now = checkpoint['kl_coef']
 
-        # 3. save, evaluate, show the same few answers
-        stopping, done = stop.by_any_rank(run), step >= max_iters
-        if stopping or step > first and (done or step % eval_interval == 0):
-            saved = step
-            if run.master:
-                save_checkpoint(out_dir, snapshot(step), final=stopping or done)
+    began = time.perf_counter()
+    last_time = began
+    rollout_seconds = 0.0
+    train_seconds = 0.0
+    saved_step = first_step
+    # The last pass only saves and evaluates. For a resumed run past max_iters it is the only one.
+    for step in range(first_step, max(first_step, max_iters) + 1):
+        # 4. learning rate
+        for o in optimizers:
+            for group in o.param_groups:
+                group['lr'] = group['peak_lr'] * schedule_factor(step, config)
+
+        # 5. save, evaluate, show the responses to a few prompts
+        stopping = stop.by_any_rank(run)
+        done = step >= max_iters
+        # Saved before the evaluation, so that a crash in it loses nothing.
+        if stopping or (step > first_step and (done or step % eval_interval == 0)):
+            saved_step = step
+            if run.is_master:
+                snapshot = make_checkpoint(step, policy, optimizers, run.scaler, config, tok,
+                                           kl_coef_now)
+                save_checkpoint(out_dir, snapshot, final=stopping or done)
         if stopping:
             break
-        if run.master and (done or step % eval_interval == 0):
-            figures, _, greedy = evaluate(policy.gpt, tok, val_rows[:eval_prompts], 2, run, rng(seed, step, device=run.device))
+        if run.is_master and (done or step % eval_interval == 0):
+            figures, responses, _ = evaluate(policy.gpt, tok, eval_rows, val_prompts, 2,
+                                             max_new_tokens, temperature, run,
+                                             generator_for(seed, 'evaluation', step,
+                                                           device=run.device))
             logger.log(step, {f'eval/{name}': value for name, value in figures.items()})
-            for row, was, now in zip(val_rows, before, greedy):
-                print(printable(f"    {row['prompt']} -> {was} -> {now}   (gold: {row.get('response', '?')})"), flush=True)
+            for row, before, after in zip(eval_rows, responses_before, responses):
+                gold_response = row.get('response', '?')
+                print(f"    {one_line(row['prompt'])} -> {one_line(before)} -> {one_line(after)}   "
+                      f'(gold: {one_line(gold_response)})', flush=True)
+            if figures['ended'] < 0.5:
+                print(f"warning: only {figures['ended']:.0%} of the responses ended within "
+                      f'{max_new_tokens} tokens; raise --max_new_tokens', flush=True)
+            last_time = time.perf_counter()
         if done:
             break
 
-        # 4. sample: the answers of this rank to its prompts, those of a group side by side
-        start = time.time()
-        asked = endless_order(len(prompts), step * batch_size // group, batch_size // group, seed)
-        asked = [i for i in asked for _ in range(group)][run.rank * share:(run.rank + 1) * share]
+        # 6. sample: this rank's share of the responses, those to one prompt side by side
+        rollout_began = time.perf_counter()
+        order = endless_order(len(prompts), step * prompts_per_step, prompts_per_step, seed,
+                              'prompts')
+        order = [i for i in order for _ in range(responses_per_prompt)]
+        n_responses = batch_size // run.world_size
+        order = order[run.rank * n_responses:(run.rank + 1) * n_responses]
+        generator = generator_for(seed, 'rollout', step, run.rank, device=run.device)
         with run.autocast:
-            idx, mask, ended = rollout(policy.gpt, [prompts[i] for i in asked], end,
-                                       rng(seed, step, run.rank, device=run.device), run.device)
-        rollout_time = time.time() - start
+            idx, response_mask, ended = rollout(
+                policy.gpt, [prompts[i] for i in order], tok.eos_ids, max_new_tokens, temperature,
+                generator, use_cache, suppress)
+        rollout_time = time.perf_counter() - rollout_began
 
-        # 5. score: one number an answer, on its last token; on every token the KL penalty to the reference
+        # 7. score the responses, and measure them under the policy and the reference
+        rows = [train_rows[i] for i in order]
+        gold_scores = None
+        if check_response is not None:
+            gold_scores = score_by_function(check_response, rows, idx, response_mask, tok)
         with run.autocast:
-            score, gold = (x.to(run.device) for x in judge(idx, mask, [train_rows[i] for i in asked], judge_model))
-            old_logp, ref_logp, values, entropy, exact_kl = measure(trained, reference, idx, mask, minibatch_size)
-        mask = mask[:, 1:].float()                                    # from here on a column is a predicted token
-        length, log_ratio = mask.sum(1), old_logp - ref_logp
-        shaped, penalty = shape(score, ended, length), -kl_coef * log_ratio
-        last = (mask.cumsum(1) == length[:, None]) & (mask > 0)       # the token that the score stands on
-        rewards = (penalty + last * shaped[:, None]) * mask
-        rewards = whiten(rewards, mask, keep_mean=True) if whiten_rewards else rewards
+            if scorer is None:
+                scores = score_by_function(reward_function, rows, idx, response_mask, tok)
+            else:
+                scores = score_by_model(scorer, idx, response_mask, minibatch_size)
+            old = measure(wrapped, reference, idx, response_mask, temperature, minibatch_size,
+                          suppress)
+        # From here on a column is a predicted token: tensors are (B, T - 1).
+        mask = response_mask[:, 1:].float()
+        length = mask.sum(dim=1)
+        old_logprobs = old['logprobs']
+        ref_logprobs = old['ref_logprobs']
+        old_values = old['values']
+        log_ratio = old_logprobs - ref_logprobs
 
-        # 6. advantages
+        # 8. rewards and advantages; the KL penalty is part of the reward, but in GRPO of the loss
+        shaped = shape_scores(scores, ended, length, score_clip, length_penalty, missing_end_score)
+        rewards = token_rewards(shaped, log_ratio, mask, kl_coef_now)
+        if whiten_rewards:
+            rewards = whiten(rewards, mask, keep_mean=True)
+        returns = None  # what the critic learns
         if adv == 'gae':
-            advantages, returns = compute_gae(rewards, values, mask, gamma, lam)
+            advantages, returns = compute_gae(rewards, old_values, mask, gamma, lam)
             advantages = whiten(advantages, mask)
-        else:
-            advantages, returns = group_advantages(rewards.sum(1), group_size, adv)[:, None] * mask, values  # no critic
+        elif adv == 'rloo':
+            advantages = rloo_advantages(rewards.sum(dim=1), group_size)[:, None] * mask
+        elif adv == 'grpo':
+            advantages = grpo_advantages(shaped, group_size, grpo_std)[:, None] * mask
+        # How much each token counts in the means of the update.
+        weight = mask / length[:, None] if loss_mean == 'response' else mask
+        batch = {'idx': idx, 'mask': mask, 'weight': weight, 'old_logprobs': old_logprobs,
+                 'ref_logprobs': ref_logprobs, 'old_values': old_values, 'advantages': advantages,
+                 'returns': returns}
 
-        # 7. update: a few epochs of clipped steps over reshuffled minibatches
-        seen = []
+        # 9. update: epochs of clipped steps over shuffled minibatches
+        updates = []  # the metrics of each
         for epoch in range(ppo_epochs):
-            order = torch.randperm(share, generator=rng(seed, step, epoch)).to(run.device)
-            for rows in order.split(minibatch_size // run.world):
-                if kl_stop and seen and seen[-1][0] > kl_stop:  # the same on all ranks
-                    continue
-                found, tokens = 0.0, sum_over_ranks(mask[rows].sum()) / run.world
-                for part, T in length_chunks(idx[rows], -(-len(rows) // gradient_accumulation_steps)):
-                    row, t = mask[part := rows[part], :T - 1].nonzero(as_tuple=True)
-                    a, m, old, v, r = (x[part[row], t] for x in (advantages, mask, old_logp, values, returns))
+            generator = generator_for(seed, 'minibatches', step, epoch)
+            shuffled = torch.randperm(n_responses, generator=generator).to(run.device)
+            for minibatch in shuffled.split(minibatch_size // run.world_size):
+                if kl_stop and updates and updates[-1]['policy/approxkl'] > kl_stop:
+                    break  # the policy has moved far enough; this ends all updates, on all ranks
+                total_weight = sum_over_ranks(weight[minibatch].sum())
+                chunk_size = math.ceil(len(minibatch) / gradient_accumulation_steps)
+                update = {}
+                for chunk, T in length_chunks(idx[minibatch], chunk_size):
+                    mb = minibatch[chunk]
                     with run.autocast:
-                        logits, new_values = trained(idx[part, :T], (row, t))
-                        logp = logits.log_softmax(-1).gather(-1, idx[part[row], t + 1][:, None])[:, 0]
-                        pg_loss = policy_loss(logp, old, a, m, clip_range)
-                        vf_loss = value_loss(new_values, v, r, m, value_clip)
-                        total = pg_loss + moe_aux_weight * policy.gpt.aux_loss() + value_coef * (adv == 'gae') * vf_loss
-                    share_of_tokens = m.sum() / tokens                # every token of all ranks' minibatch weighs the same
-                    run.scaler.scale(total * share_of_tokens).backward()
-                    with torch.no_grad():
-                        ratio, v_moved = (logp - old).exp(), (new_values - v).abs()
-                        told = ((logp - old).square() / 2, ratio, (ratio - 1).abs() > clip_range, v_moved > value_clip)
-                        found += torch.stack([*(masked_mean(x, m) for x in told), pg_loss, vf_loss]) * share_of_tokens
-                run.scaler.unscale_(optimizer)
-                grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip or math.inf)
-                if not torch.isfinite(found[4] if run.scaler.is_enabled() else grad_norm):
-                    raise diverged(step, out_dir, saved, loss=found[4], grad_norm=grad_norm)
-                run.scaler.step(optimizer)
-                optimizer.zero_grad(set_to_none=True)
+                        loss, mb_metrics = update_loss(wrapped, batch, mb, T, kl_coef_now, config,
+                                                       suppress)
+                    # The share of this micro-batch in the mean over the minibatch of all ranks. The
+                    # factor world_size cancels a division by it: of gradients by DDP, of metrics
+                    # below.
+                    share = weight[mb].sum() / total_weight * run.world_size
+                    total = loss + moe_aux_weight * policy.gpt.aux_loss()
+                    run.scaler.scale(total * share).backward()
+                    for name, value in mb_metrics.items():
+                        update[name] = update.get(name, 0.0) + value * share
+
+                # 10. clip and step
+                for o in optimizers:
+                    run.scaler.unscale_(o)
+                skip_idle_experts(policy)
+                grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(),
+                                                           grad_clip or math.inf)
+                overflow = not torch.isfinite(grad_norm)
+                loss = update['loss/policy']
+                may_skip = run.scaler.is_enabled() and torch.isfinite(loss)  # float16 may overflow
+                if overflow and not may_skip:
+                    raise divergence_error(step, out_dir, saved_step, loss=loss,
+                                           grad_norm=grad_norm)
+                for o in optimizers:
+                    if not overflow:  # otherwise the step is skipped by all optimizers
+                        run.scaler.step(o)
+                    o.zero_grad(set_to_none=True)
                 run.scaler.update()
-                seen.append(sum_over_ranks(torch.cat((found, grad_norm[None])) / run.world))
+                update['grad_norm'] = torch.zeros_like(loss) if overflow else grad_norm
+                update['skipped'] = torch.as_tensor(float(overflow), device=run.device)
+                means = sum_over_ranks(torch.stack(list(update.values()))) / run.world_size
+                updates.append(dict(zip(update, means.tolist())))
 
-        # 8. KL control: the weight follows the distance, an answer's nats, slowly (arXiv 1909.08593, section 2.2)
-        record = {'objective/kl': log_ratio.sum(1).mean(), 'objective/kl_exact': exact_kl.sum(1).mean(),
-                  'objective/kl_k3': (((-log_ratio).exp() - 1 + log_ratio) * mask).sum(1).mean(),
-                  'objective/entropy': masked_mean(entropy, mask), 'response_length': length.mean(), 'objective/score':
-                  score.mean(), 'objective/gold': gold.mean(), 'objective/non_score_reward': penalty.sum(1).mean(),
-                  'objective/rlhf_reward': (shaped + penalty.sum(1)).mean(), 'ended': ended.float().mean(),
-                  'val/explained_variance': 1 - (returns - values)[mask > 0].var() / returns[mask > 0].var().clamp(1e-8)}  # 1: no critic
-        numbers = sum_over_ranks(torch.stack([*record.values()]) / run.world)
-        record = dict(zip(record, numbers.tolist())) | {'objective/kl_coef': kl_coef}
+        # 11. metrics of the iteration, averaged over the ranks
+        penalty = -kl_coef_now * log_ratio.sum(dim=1)
+        k3 = k3_estimate(old_logprobs, ref_logprobs) * mask
+        metrics = {
+            # KL to the reference, nats per response: two estimates and the exact one
+            'objective/kl': log_ratio.sum(dim=1).mean(),
+            'objective/kl_k3': k3.sum(dim=1).mean(),
+            'objective/kl_exact': old['kl'].sum(dim=1).mean(),
+            # entropy of the policy, nats per token
+            'objective/entropy': masked_mean(old['entropy'], mask),
+            # the score as it was given, the KL penalty, and the shaped score with the penalty
+            'objective/score': scores.mean(),
+            'objective/non_score_reward': penalty.mean(),
+            'objective/rlhf_reward': (shaped + penalty).mean(),
+            # tokens per response, and share of responses with an end token
+            'response_length': length.mean(),
+            'ended': ended.float().mean(),
+        }
+        if adv == 'gae':
+            # share of the variance of the returns that the critic explains
+            unexplained = (returns - old_values)[mask > 0].var()
+            variance = returns[mask > 0].var().clamp(min=1e-8)
+            metrics['val/explained_variance'] = 1 - unexplained / variance
+        if gold_scores is not None:
+            metrics['objective/gold'] = gold_scores.mean()
+        means = sum_over_ranks(torch.stack(list(metrics.values()))) / run.world_size
+        metrics = dict(zip(metrics, means.tolist()))
+        metrics['objective/kl_coef'] = kl_coef_now
         if kl_control == 'adaptive':
-            kl_coef *= 1 + min(0.2, max(-0.2, record['objective/kl_exact'] / kl_target - 1)) * batch_size / kl_horizon
+            kl_coef_now = adapt_kl_coef(kl_coef_now, metrics['objective/kl_exact'], kl_target,
+                                        kl_horizon, batch_size)
 
-        # 9. log
-        now = time.time()
-        train_seconds, rollout_seconds = train_seconds + now - last_time, rollout_seconds + rollout_time
+        # 12. log
+        now = time.perf_counter()
+        train_seconds += now - last_time
+        rollout_seconds += rollout_time
         if step % log_interval == 0:
-            names = 'policy/approxkl val/ratio policy/clipfrac val/clipfrac loss/policy loss/value grad_norm'.split()
-            logger.log(step, record | dict(zip(names, torch.stack(seen).mean(0).tolist())) | {
-                'val/first_ratio': seen[0][1], 'updates': len(seen), 'lr': lr,
-                'rollout_share': rollout_time / (now - last_time), 'episodes_per_second': batch_size / (now - last_time)})
+            for name in updates[0]:
+                metrics[name] = sum(update[name] for update in updates) / len(updates)
+            metrics['val/first_ratio'] = updates[0]['val/ratio']
+            metrics['updates'] = len(updates)
+            metrics['lr'] = optimizers[0].param_groups[0]['lr']
+            metrics['gain_lr'] = optimizers[0].param_groups[1]['lr']
+            if adv == 'gae':
+                metrics['critic_lr'] = optimizers[0].param_groups[2]['lr']
+            metrics['rollout_share'] = rollout_time / (now - last_time)
+            metrics['episodes_per_second'] = batch_size / (now - last_time)
+            logger.log(step, metrics)
         last_time = now
 
-    # 10. the end: held-out prompts that nobody looked at, before and after
-    stop.leave(run, stopping, step, out_dir)  # the other ranks end here
-    seconds, told = time.time() - began, []
-    start, after = (evaluate(model, tok, test_rows, test_draws, run, rng(seed, max_iters, device=run.device))
-                    for model in (reference, policy.gpt))
-    for rows in (test_rows[i:i + batch_size] for i in range(0, len(test_rows), batch_size)):
-        asked = short_prompts(rows, tok, policy.gpt.config.block_size, max_new_tokens)
-        idx, mask, _ = rollout(policy.gpt, asked, end, rng(seed, len(told), device=run.device), run.device)
-        kl = measure(policy, reference, idx, mask, minibatch_size)[4].sum(1)
-        told.append(torch.stack((*judge(idx, mask, rows, judge_model), kl.cpu())))
-    score, gold, kl = torch.cat(told, dim=1).mean(1).tolist()
-    p, q = (min(max(f['exact_match_sampled'], 1e-6), 1 - 1e-6) for f, *_ in (start, after))
-    figures = {**after[0], 'score': score, 'gold': gold, 'kl': kl,
-               'kl_minimum': q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p)),
-               **{f'{name}_before': value for name, value in start[0].items()}}
-    if judge_model is not None and test_draws >= 4:  # the same reward model without PPO: the best of four samples
-        conversations = [[{'role': 'user', 'content': row['prompt']}] for row in test_rows]
-        four = [start[1][draw * len(test_rows) + i][0] for i in range(len(test_rows)) for draw in range(4)]
-        best = best_of(judge_model, tok, conversations, four)
-        figures['best_of_4'] = exact_match(best, [row.get('response') for row in test_rows])
-    print(*(f'    {name:28} {value:8.4f}' for name, value in figures.items()), sep='\n')
-    logger.final({**figures, 'episodes_per_second': (step - first) * batch_size / max(train_seconds, 1e-9),
+    # 13. the end: the figures of the test prompts, before and after
+    stop.end_training(run, stopping, step, out_dir)  # other ranks, and a stopped run, exit here
+    seconds = time.perf_counter() - began
+    test_prompt_ids = encode_prompts([row['messages'] for row in test_rows], tok, block_size,
+                                     max_new_tokens)
+    figures = final_figures(policy, reference, test_rows, test_prompt_ids, tok, scorer,
+                            reward_function, check_response, config, run)
+    for name, value in figures.items():
+        print(f'    {name:28} {value:8.4f}')
+    episodes = (step - first_step) * batch_size
+    logger.final({**figures, 'episodes_per_second': episodes / max(train_seconds, 1e-9),
                   'rollout_share': rollout_seconds / max(train_seconds, 1e-9), 'seconds': seconds,
-                  'peak_memory_mb': peak_memory_mb(run.type), 'steps': step, 'parameters': policy.gpt.n_params()})
+                  'peak_memory_mb': peak_memory_mb(run.device_type), 'steps': step,
+                  'parameters': policy.gpt.n_params()})
+    draw_curves([out_dir], os.path.join(out_dir, 'curves.png'))

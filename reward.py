@@ -1,66 +1,82 @@
 """
-A reward model: it learns from pairs of answers, of which people preferred one, to score any answer (arXiv 1909.08593,
-2203.02155). Or, with --loss=dpo, the policy learns from the same pairs without one (arXiv 2305.18290).
+A reward model: it learns from pairs of responses, of which people preferred one, to score any
+response (arXiv 1909.08593, 2203.02155). With --loss=dpo the policy learns from the same pairs
+without a reward model (arXiv 2305.18290).
 
-    python reward.py                                    wordplay, on the model of sft.py
-    python reward.py --causal=True --loss=bt_margin     a decoder, read at the last token; another loss
-    python reward.py --check=True                       then: sanity checks of data, loss and model, a verdict a line
+    python reward.py                                     wordplay, on the model of sft.py
+    python reward.py --causal=True --loss=bt_margin      a decoder, with another loss
+    python reward.py --check=True                        afterwards: sanity checks of the run
     python reward.py --loss=dpo --causal=True --learning_rate=1e-4 --muon_lr=1e-3 --out_dir=out/dpo
 
-The trunk is the SFT model's; causal=False makes it an encoder: all tokens see each other, and it restores tampered answers.
+The trunk is the SFT model. With causal=False it becomes an encoder, in which all tokens see each
+other; it then also learns to restore replaced tokens (see tamper).
 """
-import copy, math, sys, time
-from dataclasses import asdict
+import copy
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, replace
+
+# configurator comes first: it answers --help before torch is loaded
+from configurator import (Logger, StopSignal, check_choice, check_divisible, configure,
+                          divergence_error,
+                          generator_for, parallel, peak_memory_mb, restore_optimizers, resume,
+                          save_checkpoint, schedule_factor, seed_for, start_run, sum_over_ranks)
 import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
+
+from assets.draw import draw_curves
 from bpe import render_chat
-from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, one_of, parallel,
-                          peak_memory_mb, resume, rng, save_checkpoint, start_run, sum_over_ranks)
-from data.answers import log_choice, log_prob, pair_figures, score_moments, tamper
-from data.dataset import endless_order, grouped_order, load_examples, load_gold
-from data.pretrained import load_chat_model
-from model import RewardModel
+from data.examples import endless_order, grouped_order, load_examples, load_gold
+from data.pretrained import load_chat_model, restore_weights
+from model import GPT, RewardModel, evaluation_mode, skip_idle_experts
+from sample import encode_prompts, fast_decoding, pad_left
 
 # -----------------------------------------------------------------------------
-# where and when
+# the run
 out_dir = 'out/reward'             # folder of the run: checkpoints, log, curves
-init_from = 'out/sft'              # 'scratch' | 'resume' | a run's folder | a Hugging Face folder or name
+init_from = 'out/sft'              # 'scratch' | 'resume' | a run's folder | a Hugging Face model
+reference_dir = ''                 # on resume: where the folder init_from is now, if it was moved
 seed = 1337                        # every random choice is a function of (seed, step)
 eval_interval = 100                # steps between evaluations, each with a checkpoint
 log_interval = 10                  # steps between lines of the log
-check = False                      # check the model in out_dir, its loss and its data, instead of training one
+check = False                      # run the sanity checks on the model in out_dir, do not train
 tensorboard_log = False            # log to out_dir/tensorboard
-wandb_log = False                  # log to Weights & Biases, as project nanollm, by the name of the folder
+wandb_log = False                  # log to Weights & Biases, under the name of the folder
 # data
-dataset = 'wordplay'               # a folder of data/ with pref_train.jsonl and pref_val.jsonl, or the full path of one
-test_split = 'pref_test'           # the final figures are of this file, or where it is not there of pref_val
-max_pairs = 0                      # train on the first so many pairs; 0 = all
-shuffle_labels = False             # toss a coin for every label: what is learned then is a bug
-gradient_accumulation_steps = 2    # micro-batches a step, over all ranks together
-batch_size = 32                    # pairs in a micro-batch
-length_groups = 1                  # the pairs of so many steps are dealt in the order of length, and so padded less
+dataset = 'wordplay'               # a folder of data/ with pref_train, pref_val.jsonl, or its path
+gold = ''                          # checking function, FILE.py:function; '' = the dataset's own
+test_split = 'pref_test'           # the pairs of the final figures; pref_val if it does not exist
+max_pairs = 0                      # train on this many pairs, the first ones; 0 = all
+shuffle_labels = False             # random labels in training: validation accuracy must stay at 0.5
+gradient_accumulation_steps = 2    # micro-batches per step, over all ranks together
+batch_size = 32                    # pairs per micro-batch
+length_groups = 1                  # sort the pairs of this many steps by length, so less is padded
 # model and loss
-causal = False                     # False = an encoder, the mean of the answer is read; True = a decoder, its last token
-loss = 'bt'                        # 'bt' (Bradley-Terry) | 'margin' (ranking) | 'bt_margin' | 'dpo' (trains the policy)
-flip_rate = 0.0                    # share of labels taken to be flipped by chance, which bounds a pair's loss (not of 'margin')
-margin = 1.0                       # distance that 'margin' asks for; what 'bt_margin' multiplies a pair's margin by
-denoise_weight = 1.0               # of an encoder's other task: to restore chosen answers that were tampered with
-center_weight = 0.0                # weight of (chosen + rejected)^2, which keeps scores around 0 (arXiv 2312.09244)
-dpo_beta = 0.1
-normalize_prompts = 500            # held-out prompts whose answers by the SFT model set the score's mean and variance
-max_new_tokens = 64                # of such an answer
+causal = False                     # False = encoder, reads the whole response; True = decoder
+loss = 'bt'                        # 'bt' (Bradley-Terry) | 'margin' (ranking) | 'bt_margin' |
+                                   # 'dpo' (trains the policy itself)
+flip_rate = 0.0                    # share of flipped labels that the loss assumes (not 'margin')
+margin = 1.0                       # of loss 'margin'; for 'bt_margin' a factor on each pair's own
+denoise_weight = 1.0               # weight of an encoder's second task, to restore replaced tokens
+center_weight = 0.0                # weight of (chosen + rejected)^2, to centre the scores
+dpo_beta = 0.1                     # weight of the KL penalty that DPO implies
+normalize_prompts = 500            # after training, scores are normalised to mean 0 and variance 1
+                                   # on the SFT model's responses to this many prompts
+max_new_tokens = 64                # per such response, at most
 # optimizer and schedule
 optimizer = 'muon'                 # 'muon' (matrices of the blocks; AdamW for the rest) | 'adamw'
-learning_rate = 1e-3               # of AdamW, at the top of the schedule
+learning_rate = 1e-3               # of AdamW, at the peak of the schedule
 muon_lr = 0.004                    # of Muon, on the same schedule
-max_iters = 0                      # 0 = every pair once
+max_iters = 0                      # steps; 0 = every pair once
 weight_decay = 0.1
 grad_clip = 1.0                    # largest gradient norm; 0 = no clipping
-lr_schedule = 'linear'             # 'cosine' | 'linear' | 'wsd' (warm-up, stable, decay) | 'constant'
+lr_schedule = 'linear'             # 'cosine' | 'linear' | 'wsd' | 'constant'
 warmup_iters = 20
 attn = 'auto'                      # 'auto' | 'sdpa' | 'manual'
-moe_aux_weight = 0.01              # weight of the load-balancing loss, where experts have moe_balance 'aux'
+moe_aux_weight = 0.01              # weight of the load-balancing loss, if moe_balance is 'aux'
 # machine
 backend = 'nccl'                   # of torch.distributed on GPUs; on CPUs it is gloo
 device = 'auto'                    # 'auto' | 'cpu' | 'cuda' | 'cuda:1' | 'mps'
@@ -68,203 +84,626 @@ dtype = 'auto'                     # 'auto' | 'float32' | 'bfloat16' | 'float16'
 compile = 'auto'                   # 'auto' | True | False: torch.compile
 # -----------------------------------------------------------------------------
 
-def prepare_pairs(rows, tok, block_size):
-    """[((ids, mask) of chosen, the same of rejected, row)]; mask is 1 on the response and its end. Long ones are
-    cut on the left, for they differ at their end."""
-    def render(row, key):
-        messages = [{'role': 'user', 'content': row['prompt']}, {'role': 'assistant', 'content': row[key]}]
-        return tuple(torch.tensor(part[-block_size:]) for part in render_chat(messages, tok))
-    pairs = [(render(row, 'chosen'), render(row, 'rejected'), row) for row in rows]
-    if cut := sum(len(side[0]) == block_size for pair in pairs for side in pair[:2]):
-        print(f'{cut} of {2 * len(rows)} conversations fill block_size {block_size}: longer ones are cut on the left')
+
+# Data. A pair is (chosen, rejected, row): each side (ids, mask), and the example it was made from.
+
+def render_response(messages, response, tok, block_size):
+    """(ids, mask) of a conversation with a response, mask 1 on the response and its end token;
+    truncated on the left, because the two sides of a pair differ at their end."""
+    ids, mask = render_chat([*messages, {'role': 'assistant', 'content': response}], tok)
+    return torch.tensor(ids[-block_size:]), torch.tensor(mask[-block_size:])
+
+
+def prepare_pairs(rows, tok, block_size, verbose=True):
+    """The pairs of rows with messages, chosen and rejected. Pairs whose sides are equal once
+    truncated are skipped; the numbers are printed. ValueError if no pair is left."""
+    pairs = []
+    n_truncated = 0
+    n_equal = 0
+    for row in rows:
+        chosen = render_response(row['messages'], row['chosen'], tok, block_size)
+        rejected = render_response(row['messages'], row['rejected'], tok, block_size)
+        if torch.equal(chosen[0], rejected[0]):
+            n_equal += 1
+            continue
+        n_truncated += max(len(chosen[0]), len(rejected[0])) == block_size
+        pairs.append((chosen, rejected, row))
+    if verbose and n_truncated:
+        print(f'{n_truncated} of {len(rows)} pairs fill block_size {block_size}: longer '
+              'conversations are truncated on the left')
+    if verbose and n_equal:
+        print(f'skipped {n_equal} of {len(rows)} pairs: both sides are equal within block_size '
+              f'{block_size}')
+    if not pairs:
+        raise ValueError(f'no pair has two different sides within block_size {block_size}')
     return pairs
 
+
+def shuffle_pairs(pairs, generator):
+    """The pairs with random labels: each side is the chosen one with probability 0.5."""
+    coins = torch.rand(len(pairs), generator=generator)
+    shuffled = []
+    for coin, (chosen, rejected, row) in zip(coins, pairs):
+        shuffled.append((rejected, chosen, row) if coin < 0.5 else (chosen, rejected, row))
+    return shuffled
+
+
 def get_batch(pairs):
-    """Both sides of B pairs as idx (2B, T), first all chosen, padded with -1; mask (2B, T), 1 on the responses;
-    margins (B,), how sure the labeller was (0 where that is not known)."""
-    sides = [pair[i] for i in (0, 1) for pair in pairs]
-    idx, mask = (pad_sequence(part, batch_first=True, padding_value=fill) for part, fill in zip(zip(*sides), (-1, 0)))
-    return idx, mask, torch.tensor([float(row.get('margin', 0)) for *_, row in pairs])
+    """
+    B pairs -> idx (2B, T), first all chosen, then all rejected, padded on the right with -1; mask
+    (2B, T), 1 on the responses; margins (B,), how clear the preference was (0 if unknown).
+    """
+    sides = [chosen for chosen, _, _ in pairs] + [rejected for _, rejected, _ in pairs]
+    idx = pad_sequence([ids for ids, _ in sides], batch_first=True, padding_value=-1)
+    mask = pad_sequence([mask for _, mask in sides], batch_first=True, padding_value=0)
+    margins = torch.tensor([float(row.get('margin', 0)) for _, _, row in pairs])
+    return idx, mask, margins
+
+
+def tamper(idx, mask, blank, generator):
+    """
+    The denoising task. Takes a batch of pairs, idx and mask (2B, T), and appends the B chosen
+    responses once more, with 40% of their tokens replaced: half of these by the id `blank`, half by
+    other tokens of the responses. Returns idx, mask and targets, each (3B, T); targets holds the
+    original where a token was replaced, -1 elsewhere.
+
+    To restore a response, an encoder must find what is wrong with it, from both sides (BERT, arXiv
+    1810.04805). The trunk was trained to look back only, so it needs this practice (arXiv
+    2404.05961).
+    """
+    chosen = idx.chunk(2)[0]                                          # (B, T)
+    chosen_mask = mask.chunk(2)[0]
+    is_response = chosen_mask > 0
+    random = torch.rand(is_response.shape, generator=generator, device=idx.device)
+    replaced = is_response & (random < 0.4)
+    random = torch.rand(is_response.shape, generator=generator, device=idx.device)
+    blanked = is_response & (random < 0.5)
+    if not replaced.any():  # the mean over no token would be NaN
+        replaced = is_response
+    pool = chosen[is_response]
+    drawn = torch.randint(len(pool), is_response.shape, generator=generator, device=idx.device)
+    replacement = pool[drawn].masked_fill(blanked, blank)
+    noisy = torch.where(replaced, replacement, chosen)                # (B, T)
+    no_targets = torch.full_like(idx, -1)                             # (2B, T)
+    targets = torch.cat((no_targets, chosen.masked_fill(~replaced, -1)))
+    return torch.cat((idx, noisy)), torch.cat((mask, chosen_mask)), targets
+
+
+# Losses
+
+def log_choice(d, flip_rate=0.0):
+    """
+    Log-probability, in nats, that the response whose score is d higher is preferred: log
+    sigmoid(d), the model of Bradley and Terry (1952). If a share flip_rate of the labels is flipped
+    at random: log((1 - flip_rate) sigmoid(d) + flip_rate sigmoid(-d)) (arXiv 1609.03683), so that a
+    wrong label pulls no harder the larger d is. d of any shape -> the same shape.
+    """
+    flip_rate = torch.tensor(float(flip_rate))  # log(0) = -inf, which logaddexp can take
+    as_labelled = F.logsigmoid(d) + (1 - flip_rate).log()
+    flipped = F.logsigmoid(-d) + flip_rate.log()
+    return torch.logaddexp(as_labelled, flipped)
+
 
 def pairwise_loss(chosen, rejected, kind='bt', margin=None, flip_rate=0.0):
-    """Mean loss of scores (B,) of the preferred and the other answers, with d = chosen - rejected: 'bt' -log sigmoid(d), or
-    -log((1 - flip_rate) sigmoid(d) + flip_rate sigmoid(-d)), see log_choice; 'margin' max(0, margin - d), ranking, margin 1
-    if None; 'bt_margin' as 'bt' of d - margin, where the margin (B,) is each pair's own (Llama 2, arXiv 2307.09288)."""
+    """
+    Mean loss of the scores (B,) of chosen and rejected responses; with d = chosen - rejected:
+
+    'bt'         -log sigmoid(d), Bradley-Terry; with a flip_rate, see log_choice
+    'margin'     max(0, margin - d), ranking; the margin is 1 if None
+    'bt_margin'  -log sigmoid(d - margin), margin (B,) of each pair (Llama 2, arXiv 2307.09288)
+
+    >>> pairwise_loss(torch.tensor([1.0]), torch.tensor([1.0]))  # equal scores: log 2
+    tensor(0.6931)
+    """
     d = chosen - rejected
     if kind == 'margin':
-        return F.relu((1.0 if margin is None else margin) - d).mean()
-    if kind not in ('bt', 'bt_margin') or kind == 'bt_margin' and margin is None:
-        raise ValueError(f"kind must be 'bt', 'margin', or 'bt_margin' with a margin; got {kind!r}, margin {margin}")
-    return -log_choice(d - margin if kind == 'bt_margin' else d, flip_rate).mean()
+        margin = 1.0 if margin is None else margin
+        return F.relu(margin - d).mean()
+    if kind == 'bt':
+        return -log_choice(d, flip_rate).mean()
+    if kind == 'bt_margin' and margin is not None:
+        return -log_choice(d - margin, flip_rate).mean()
+    raise ValueError(f"kind must be 'bt', 'margin', or 'bt_margin' with a margin; got {kind!r}, "
+                     f'margin {margin}')
 
-def score(trained, reference, idx, mask):
-    """Scores (B,) of conversations; with a reference DPO's, dpo_beta times the log-ratio to it (equation 5)."""
-    if reference is None:
-        return trained(idx, mask)
+
+def log_prob(model, idx, mask):
+    """Log-probability, in nats, that a language model gives to the tokens of idx (B, T) where mask
+    is 1, summed per row -> (B,). Padding is -1 on the right, where no real token sees it."""
+    row, column = mask[:, 1:].nonzero(as_tuple=True)
+    # The logits at position t predict token t + 1.
+    logits, _ = model(idx.clamp(min=0), read=(row, column))           # (N, V)
+    logprobs = -F.cross_entropy(logits.float(), idx[row, column + 1], reduction='none')  # (N,)
+    table = logprobs.new_zeros(mask.shape).index_put((row, column), logprobs)
+    return table.sum(dim=1)
+
+
+def dpo_reward(policy, reference, idx, mask, beta):
+    """The reward that a policy implies, beta times the log-ratio to its reference, of conversations
+    idx (B, T) -> (B,) (arXiv 2305.18290, equation 5)."""
     with torch.no_grad():
-        before = log_prob(reference, idx, mask)
-    return dpo_beta * (log_prob(trained, idx, mask) - before)
+        ref_logprobs = log_prob(reference, idx, mask)
+    return beta * (log_prob(policy, idx, mask) - ref_logprobs)
+
+
+def score(model, reference, idx, mask, dpo_beta):
+    """Scores (B,) of conversations by a reward model or, if there is a reference, by DPO's
+    policy."""
+    if reference is None:
+        return model(idx, mask)
+    return dpo_reward(model, reference, idx, mask, dpo_beta)
+
+
+# Figures that tell how good scores are
+
+def accuracy(d):
+    """The share of positive differences d (N,); a difference of 0 counts half."""
+    return ((d > 0).float().mean() + (d == 0).float().mean() / 2).item()
+
+
+def auc(right, wrong):
+    """The probability that a correct response has a higher score than a wrong one, over all pairs
+    of these; ties count half.
+
+    >>> auc(torch.tensor([3.0, 1.0]), torch.tensor([2.0, 0.0]))  # three of four pairs
+    0.75
+    """
+    both = torch.cat((right, wrong)).double()
+    _, inverse, counts = both.unique(return_inverse=True, return_counts=True)
+    mean_rank = counts.cumsum(0) - (counts - 1) / 2                   # 1 = the lowest score
+    rank_sum = mean_rank[inverse][:len(right)].sum()
+    lowest_sum = len(right) * (len(right) + 1) / 2
+    return ((rank_sum - lowest_sum) / (len(right) * len(wrong))).item()
+
+
+def fit_scale(d, flip_rate=0.0):
+    """
+    Temperature scaling (arXiv 1706.04599): the factor, from 1/8 to 8, by which the differences d
+    (N,) of chosen and rejected scores should be multiplied to make the labels most probable. Above
+    1, the scores are under-confident.
+    """
+    factors = torch.logspace(-3, 3, 193, base=2.0)
+    likelihood = log_choice(factors[:, None] * d, flip_rate).mean(dim=1)
+    return factors[likelihood.argmax()].item()
+
+
+def calibration_error(d, labels, flip_rate=0.0, bins=10):
+    """
+    How far predicted probabilities are from what happens: pairs are sorted by the predicted
+    probability that the first response is preferred, and divided into bins of equal number; the
+    error is the mean over the bins of |mean prediction - share of labels that are 1|. d and labels
+    (N,). (In arXiv 1706.04599 the bins have equal width.)
+    """
+    order = d.argsort()
+    predicted = log_choice(d, flip_rate).exp()[order]
+    observed = labels[order].float()
+    total = 0.0
+    for p, share in zip(predicted.chunk(bins), observed.chunk(bins)):
+        total += len(p) * (p.mean() - share.mean()).abs()
+    return (total / len(d)).item()
+
+
+def cross_calibration_error(d, flip_rate):
+    """
+    calibration_error of the differences d (N,) of chosen and rejected scores. Each half of the
+    pairs is scaled by the factor that fits the other half. All labels would be 1 ("chosen"), so
+    every second pair is turned round: -d, with label 0.
+    """
+    first, second = d.tensor_split(2)
+    scaled = torch.cat((first * fit_scale(second, flip_rate), second * fit_scale(first, flip_rate)))
+    is_forward = torch.arange(len(d)) % 2 == 0
+    presented = torch.where(is_forward, scaled, -scaled)
+    return calibration_error(presented, is_forward, flip_rate)
+
+
+def length_only_accuracy(rows, is_flipped):
+    """Accuracy on clean labels of a baseline that knows only which response is longer: the better
+    of preferring the longer and the shorter one."""
+    longer = torch.tensor([float(len(row['chosen']) - len(row['rejected'])) for row in rows])
+    longer = torch.where(is_flipped, -longer, longer)
+    return max(accuracy(longer), accuracy(-longer))
+
+
+def pair_figures(chosen, rejected, rows, gold=None, flip_rate=0.0):
+    """
+    Figures of the scores (N,) of chosen and rejected responses of N rows:
+
+    accuracy              against the labels, of which at most noise_ceiling are right
+    accuracy_clean        against the labels before some were flipped, if the rows have "clean"
+    noise_ceiling         the share of labels that were not flipped
+    accuracy_one_right    accuracy_clean of the pairs in which at least one response is correct
+    auc                   of correct against wrong responses
+    calibration_error     see cross_calibration_error
+    score_std             standard deviation of all scores
+    best_scale            see fit_scale
+    accuracy_length_only  see length_only_accuracy
+    margin/OP             mean difference on clean labels, for each "op" of the rows
+
+    gold(prompt, response) tells which responses are correct; without it, all chosen ones count as
+    correct.
+    """
+    d = chosen - rejected
+    is_flipped = torch.tensor([row.get('clean') is False for row in rows])
+    d_clean = torch.where(is_flipped, -d, d)
+
+    # which responses are correct: (2, N)
+    if gold is None:
+        correct = torch.tensor([[True], [False]]).expand(2, len(rows))
+    else:
+        right_chosen = [gold(row['prompt'], row['chosen']) > 0 for row in rows]
+        right_rejected = [gold(row['prompt'], row['rejected']) > 0 for row in rows]
+        correct = torch.tensor([right_chosen, right_rejected])
+    one_right = correct.any(dim=0)
+    both_kinds = correct.any() and not correct.all()
+    scores = torch.stack((chosen, rejected))
+
+    figures = {
+        'accuracy': accuracy(d),
+        'accuracy_clean': accuracy(d_clean),
+        'noise_ceiling': 1 - is_flipped.float().mean().item(),
+        'accuracy_one_right': accuracy(d_clean[one_right]) if one_right.any() else None,
+        'auc': auc(scores[correct], scores[~correct]) if both_kinds else None,
+        'calibration_error': cross_calibration_error(d, flip_rate),
+        'score_std': scores.std().item(),
+        'best_scale': fit_scale(d, flip_rate),
+        'accuracy_length_only': length_only_accuracy(rows, is_flipped),
+    }
+    for op in sorted({row['op'] for row in rows if 'op' in row}):
+        has_op = torch.tensor([row.get('op') == op for row in rows])
+        figures[f'margin/{op}'] = d_clean[has_op].mean().item()
+    return {name: value for name, value in figures.items() if value is not None}
+
 
 @torch.no_grad()
-def evaluate(model, reference, pairs, gold, run):
-    """What the scores of pairs are worth, see pair_figures."""
-    scores = torch.zeros(2, len(pairs))
-    for i in range(0, len(pairs), batch_size):
-        idx, mask, _ = get_batch(pairs[i:i + batch_size])
-        with run.autocast:
-            scores[:, i:i + batch_size] = score(model, reference, idx.to(run.device), mask.to(run.device)).view(2, -1)
-    return pair_figures(*scores, [row for *_, row in pairs], gold, flip_rate)
+def score_pairs(model, reference, pairs, batch_size, dpo_beta, run):
+    """Scores (N,) of the chosen and of the rejected responses of N pairs, on the CPU."""
+    chosen = torch.zeros(len(pairs))
+    rejected = torch.zeros(len(pairs))
+    with evaluation_mode(model):
+        for i in range(0, len(pairs), batch_size):
+            idx, mask, _ = get_batch(pairs[i:i + batch_size])
+            with run.autocast:
+                scores = score(model, reference, idx.to(run.device), mask.to(run.device), dpo_beta)
+            batch_chosen, batch_rejected = scores.chunk(2)
+            chosen[i:i + batch_size] = batch_chosen.cpu()
+            rejected[i:i + batch_size] = batch_rejected.cpu()
+    return chosen, rejected
 
-def toss_labels(pairs, n=0):
-    """The pairs, of which a coin, another for each n, turned half round."""
-    coins = torch.rand(len(pairs), generator=rng(seed, n))
-    return [(b, a, row) if c < 0.5 else (a, b, row) for c, (a, b, row) in zip(coins, pairs)]
 
-def sanity_checks(train, val, gold, make, trained, run):
-    """Print a verdict a line, of a fresh model, of short runs, and of the trained one's figures; 1 if one failed."""
-    def apart(pairs):
-        return torch.sub(*score(model, reference, *(t.to(run.device) for t in get_batch(pairs)[:2])).chunk(2))
-    (model, reference), few, found = make(), train[:16], []
-    with torch.no_grad():
-        together, turned = apart(few), apart([(b, a, row) for a, b, row in few])
-        swapped, padded = together + turned, together - torch.cat([apart([pair]) for pair in few])  # together they are padded
-    tosses = [(toss_labels(train, n), 300, val, 'accuracy_clean') for n in range(1, 5)]  # one alone: 0.5 +- 0.05
-    for n, (pairs, steps, judged, figure) in enumerate([(few, 100, few, 'accuracy'), *tosses]):
-        model, reference = make(n)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-        for step in range(steps):
-            pairwise_loss(apart([pairs[i] for i in endless_order(len(pairs), step * 16, 16, seed)]), 0).backward()
-            optimizer.step(), optimizer.zero_grad()
-        found.append(evaluate(model, reference, judged, gold, run)[figure])
-    heart, tossed, own, blind = found[0], sum(found[1:]) / len(tosses), trained['accuracy_clean'], trained['accuracy_length_only']
-    verdicts = {f'a pair swapped negates the difference: off by {swapped.abs().max():.0e}': swapped.abs().max() < 1e-4,
-                f'padding moves no score: off by {padded.abs().max():.0e}': padded.abs().max() < 1e-4,
-                f'16 pairs are learned by heart: accuracy {heart:.2f}': heart == 1,
-                f'tossed labels teach nothing: accuracy {tossed:.3f}': abs(tossed - 0.5) < 0.08,
-                f'the trained model beats a judge of length alone: accuracy {own:.3f}, {blind:.3f}': own > blind + 0.1,
-                f"its scores spread: standard deviation {trained['score_std']:.3f}": trained['score_std'] > 0.1,
-                f"scaled, they are calibrated: off by {trained['calibration_error']:.3f}": trained['calibration_error'] < 0.1}
-    print(*(f"{'ok    ' if good else 'FAILED'} {text}" for text, good in verdicts.items()), sep='\n')
-    return 0 if all(verdicts.values()) else 1
+def evaluate(model, reference, pairs, gold, config, run):
+    """pair_figures of the scores of pairs."""
+    chosen, rejected = score_pairs(model, reference, pairs, config['batch_size'],
+                                   config['dpo_beta'], run)
+    rows = [row for _, _, row in pairs]
+    return pair_figures(chosen, rejected, rows, gold, config['flip_rate'])
 
-if __name__ == "__main__":
-    config = configure(globals())
 
-    # 1. model, data, machine
-    config['init_from'] = 'resume' if check else init_from  # what is checked is the run in out_dir, by its own settings
-    checkpoint = resume(config, {'loss', 'causal'} if check else {'optimizer', 'dataset', 'loss', 'causal'})
-    globals().update(config)
-    at_least_one(config, 'eval_interval', 'log_interval', 'batch_size', 'gradient_accumulation_steps', 'normalize_prompts',
-                 'length_groups')
-    if not 0 <= flip_rate < 0.5:
-        raise ValueError(f'flip_rate must be at least 0 and below 0.5; got {flip_rate}')
-    one_of(config, loss=('bt', 'margin', 'bt_margin', 'dpo'), causal=(True,) if loss == 'dpo' else (True, False))
-    train_rows, val_rows = (load_examples(dataset, f'pref_{split}', 'preference') for split in ('train', 'val'))
-    test_rows = load_examples(dataset, test_split, 'preference', val_rows)
-    if loss == 'bt_margin' and not any('margin' in row for row in train_rows):
-        raise ValueError(f"loss='bt_margin' needs pairs with a margin, and those of {dataset} have none; take 'bt'")
-    gold, (policy, tok) = load_gold(dataset), load_chat_model(init_from, config)
-    def make(n=0):
-        """A fresh (model, reference): a reward model of the policy's weights, the nth head, or for DPO the policy and a copy."""
-        trunk = copy.deepcopy(policy).to(run.device)
-        vars(trunk.config).update({'causal': True} if causal else {'causal': False, 'window': 0, 'n_sink': 0})
-        torch.manual_seed(seed + n)
-        return (trunk, policy.to(run.device)) if loss == 'dpo' else (RewardModel(trunk).to(run.device), None)
-    train_pairs, val_pairs = (prepare_pairs(rows, tok, policy.config.block_size)
-                              for rows in (train_rows[:max_pairs or None], val_rows))
-    train_pairs = toss_labels(train_pairs) if shuffle_labels else train_pairs
-    first, sequences = checkpoint.get('step', 0), gradient_accumulation_steps * batch_size  # pairs a step, of all ranks
-    max_iters = config['max_iters'] = max_iters or -(-len(train_pairs) // sequences)
-    n_tokens = 2 * sum(len(pair[0][0]) for pair in train_pairs) / len(train_pairs) * sequences * max_iters
-    run = start_run(config, flops=policy.flops_per_token(policy.config.block_size) * n_tokens)
-    model, reference = make()
-    model.load_state_dict({**checkpoint.get('model', model.state_dict()), **dict(model.named_buffers(recurse=False))})  # unscaled
+@torch.no_grad()
+def score_moments(reward_model, policy, tok, prompts, max_new_tokens, generator, batch_size=250):
+    """(standard deviation, mean) of a reward model's scores of a policy's sampled responses to
+    prompts, lists of ids."""
+    device = policy.wte.weight.device
+    scores = []
+    for i in range(0, len(prompts), batch_size):
+        idx = pad_left(prompts[i:i + batch_size], device)
+        with fast_decoding(policy, len(idx)):
+            out = policy.generate(idx, max_new_tokens, stop=tok.eos_ids, generator=generator,
+                                  suppress=tok.missing_ids(policy.config.vocab_size))
+        # 1 after the prompt; the padding after a response is never read
+        is_response = (torch.arange(out.size(1), device=device) >= idx.size(1)).expand(out.shape)
+        with evaluation_mode(reward_model):
+            scores.append(reward_model(out, is_response))
+    return torch.std_mean(torch.cat(scores))
+
+
+# Models
+
+def make_models(policy, loss, causal, seed, device):
+    """
+    (model, reference) at the start of training. For DPO a copy of the policy, and the policy itself
+    as reference. Otherwise a reward model with the policy's weights as trunk and a new head, drawn
+    from `seed`; no reference.
+    """
+    if loss == 'dpo':
+        return copy.deepcopy(policy).to(device), policy.to(device)
+    trunk_config = policy.config
+    if not causal:
+        trunk_config = replace(trunk_config, causal=False, window=0, n_sink=0)
+    trunk = GPT(trunk_config)
+    trunk.load_state_dict(policy.state_dict())
+    torch.manual_seed(seed_for(seed, 'reward head'))
+    return RewardModel(trunk).to(device), None
+
+
+# Sanity checks: each returns (ok, message)
+
+def differences(model, reference, pairs, dpo_beta, device):
+    """The differences (B,) of the scores of the two sides of pairs."""
+    idx, mask, _ = get_batch(pairs)
+    chosen, rejected = score(model, reference, idx.to(device), mask.to(device), dpo_beta).chunk(2)
+    return chosen - rejected
+
+
+@torch.no_grad()
+def check_swap(model, reference, pairs, dpo_beta, device):
+    swapped = [(rejected, chosen, row) for chosen, rejected, row in pairs]
+    total = (differences(model, reference, pairs, dpo_beta, device)
+             + differences(model, reference, swapped, dpo_beta, device))
+    error = total.abs().max().item()
+    return error < 1e-4, f'swapping a pair negates the difference: error {error:.0e}'
+
+
+@torch.no_grad()
+def check_padding(model, reference, pairs, dpo_beta, device):
+    padded = differences(model, reference, pairs, dpo_beta, device)
+    single = [differences(model, reference, [pair], dpo_beta, device) for pair in pairs]
+    error = (padded - torch.cat(single)).abs().max().item()
+    return error < 1e-4, f'padding changes no score: error {error:.0e}'
+
+
+def train_briefly(model, reference, pairs, steps, config, device):
+    """A few steps of AdamW with the Bradley-Terry loss, 16 pairs each."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config['learning_rate'])
+    for step in range(steps):
+        order = endless_order(len(pairs), step * 16, 16, config['seed'], 'check')
+        batch = [pairs[i] for i in order]
+        d = differences(model, reference, batch, config['dpo_beta'], device)
+        pairwise_loss(d, torch.zeros_like(d)).backward()  # the loss sees only the difference
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def check_overfitting(policy, pairs, config, run):
+    model, reference = make_models(policy, config['loss'], config['causal'], config['seed'],
+                                   run.device)
+    train_briefly(model, reference, pairs, 100, config, run.device)
+    found = evaluate(model, reference, pairs, None, config, run)['accuracy']
+    return found == 1, f'{len(pairs)} pairs are learned by heart: accuracy {found:.2f}'
+
+
+def check_shuffled_labels(policy, train_pairs, val_pairs, config, run, n_runs=4):
+    found = []
+    for i in range(1, n_runs + 1):
+        model, reference = make_models(policy, config['loss'], config['causal'], config['seed'] + i,
+                                       run.device)
+        shuffled = shuffle_pairs(train_pairs, generator_for(config['seed'], 'check labels', i))
+        train_briefly(model, reference, shuffled, 300, config, run.device)
+        found.append(evaluate(model, reference, val_pairs, None, config, run)['accuracy_clean'])
+    mean = sum(found) / n_runs
+    # A single run deviates from 0.5 by about 0.04.
+    return abs(mean - 0.5) < 0.08, f'shuffled labels teach nothing: accuracy {mean:.3f}'
+
+
+def sanity_checks(policy, model, reference, train_pairs, val_pairs, gold, config, run):
+    """Yield (ok, message) of each check: of a fresh model, of short runs, and of the trained
+    model."""
+    # 1. the code, with a fresh model
+    few = train_pairs[:16]
+    fresh, fresh_reference = make_models(policy, config['loss'], config['causal'], config['seed'],
+                                         run.device)
+    yield check_swap(fresh, fresh_reference, few, config['dpo_beta'], run.device)
+    yield check_padding(fresh, fresh_reference, few, config['dpo_beta'], run.device)
+
+    # 2. what can be learned, and what cannot
+    yield check_overfitting(policy, few, config, run)
+    yield check_shuffled_labels(policy, train_pairs, val_pairs, config, run)
+
+    # 3. the trained model
+    figures = evaluate(model, reference, val_pairs, gold, config, run)
+    own = figures['accuracy_clean']
+    baseline = figures['accuracy_length_only']
+    std = figures['score_std']
+    error = figures['calibration_error']
+    yield own > baseline + 0.1, ('the trained model beats a length-only baseline: accuracy '
+                                 f'{own:.3f}, baseline {baseline:.3f}')
+    yield std > 0.1, f'its scores differ: standard deviation {std:.3f}'
+    yield error < 0.1, f'scaled, they are calibrated: error {error:.3f}'
+
+
+def make_checkpoint(step, model, trunk, optimizers, scaler, config, tok):
+    """What a run needs to resume, and what the next stage needs to load it."""
+    return {'stage': 'dpo' if config['loss'] == 'dpo' else 'reward', 'step': step,
+            'model': model.state_dict(), 'model_args': asdict(trunk.config),
+            'tokenizer': tok.to_dict(), 'eos_ids': tok.eos_ids, 'config': config,
+            'optimizer': [o.state_dict() for o in optimizers], 'scaler': scaler.state_dict()}
+
+
+if __name__ == '__main__':
+    # 1. settings; a resumed run, and one that is checked, continues with its own
+    config, overrides = configure(globals())
+    fixed = {'loss', 'causal'} if check else {'optimizer', 'dataset', 'loss', 'causal'}
     if check:
-        sys.exit(sanity_checks(train_pairs[:2000], val_pairs, gold, make, evaluate(model, reference, val_pairs, gold, run), run))
-    train_pairs.sort(key=lambda pair: len(pair[0][0]))  # neighbours are padded little
+        config = dict(config, init_from='resume')
+    config, checkpoint = resume(config, overrides, fixed)
+    globals().update(config)
+    # The run's first starting point; resume() has restored init_from.
+    if reference_dir and not checkpoint:
+        raise ValueError('reference_dir is for a resumed run; a new one starts from init_from')
+    source = reference_dir or init_from
+    first_step = checkpoint.get('step', 0)
+    check_choice(config, 'loss', ('bt', 'margin', 'bt_margin', 'dpo'))
+    if loss == 'dpo' and not causal:
+        raise ValueError('loss=dpo trains a policy, which is causal; add --causal=True')
+    if flip_rate >= 0.5:
+        raise ValueError(f'flip_rate must be below 0.5; got {flip_rate}')
+
+    # 2. data and models
+    train_rows = load_examples(dataset, 'pref_train', 'preference')
+    val_rows = load_examples(dataset, 'pref_val', 'preference')
+    test_rows = load_examples(dataset, test_split, 'preference', default=val_rows)
+    if loss == 'bt_margin' and not any('margin' in row for row in train_rows):
+        raise ValueError(f"loss='bt_margin' needs pairs with a margin, and those of {dataset} have "
+                         "none; use 'bt'")
+    check_response = load_gold(dataset, gold)
+    policy, tok = load_chat_model(source, config)
+    block_size = policy.config.block_size
+    # The token that replaces others in the denoising task: one that occurs in no response.
+    blank = tok.special.get('<|pad|>', tok.end_of_text)
+    if blank is None:
+        blank = tok.chat_end
+    train_pairs = prepare_pairs(train_rows[:max_pairs or None], tok, block_size)
+    val_pairs = prepare_pairs(val_rows, tok, block_size)
+    if shuffle_labels:
+        train_pairs = shuffle_pairs(train_pairs, generator_for(seed, 'labels'))
+
+    # 3. machine, optimizer, log
+    pairs_per_step = gradient_accumulation_steps * batch_size  # over all ranks
+    max_iters = max_iters or math.ceil(len(train_pairs) / pairs_per_step)
+    config = dict(config, max_iters=max_iters)
+    mean_length = sum(len(ids) for (ids, _), _, _ in train_pairs) / len(train_pairs)
+    n_tokens = 2 * mean_length * pairs_per_step * max_iters
+    run = start_run(config, flops=policy.flops_per_token(block_size) * n_tokens)
+    model, reference = make_models(policy, loss, causal, seed, run.device)
+    if checkpoint:
+        restore_weights(model, checkpoint['model'], out_dir)
+    if loss != 'dpo':
+        model.shift.zero_()  # until the end, the scores are not normalised
+        model.scale.fill_(1.0)
+    if check:
+        failures = 0
+        for ok, message in sanity_checks(policy, model, reference, train_pairs[:2000], val_pairs,
+                                         check_response, config, run):
+            print('ok    ' if ok else 'FAILED', message, flush=True)
+            failures += not ok
+        sys.exit(1 if failures else 0)
+    train_pairs.sort(key=lambda pair: len(pair[0][0]))  # neighbours need little padding
     trunk = model if loss == 'dpo' else model.trunk
     optimizers = trunk.optimizers(optimizer, learning_rate, weight_decay, (0.9, 0.95), muon_lr)
     if loss != 'dpo':
-        optimizers[0].add_param_group({'params': model.head.parameters(), 'weight_decay': 0.0, 'lr_scale': 5.0})  # it is new
-    for o, old in zip(optimizers, checkpoint.get('optimizer', [])):  # the moments, under this run's settings
-        o.load_state_dict({'state': old['state'], 'param_groups': o.state_dict()['param_groups']})
-    trained = parallel(model, run, dynamic=True, gradient_accumulation_steps=gradient_accumulation_steps)
-    logger, stop = Logger(out_dir, config, checkpoint.get('step'), run.master), StopSignal()
-    if run.master:
-        print(f'{trunk.n_params():,} parameters; {dataset}: {len(train_pairs):,} + {len(val_pairs):,} pairs')
+        # The head is new, so it learns faster than the trunk.
+        optimizers[0].add_param_group({'params': model.head.parameters(), 'weight_decay': 0.0,
+                                       'peak_lr': 5 * learning_rate})
+    restore_optimizers(optimizers, checkpoint)
+    if checkpoint.get('scaler'):
+        run.scaler.load_state_dict(checkpoint['scaler'])
+    check_divisible(run, 'gradient_accumulation_steps', gradient_accumulation_steps)
+    # The same model, compiled or averaging gradients over ranks, for the passes of training.
+    wrapped = parallel(model, run, dynamic=True)
+    logger = Logger(out_dir, config, checkpoint.get('step'), run.is_master)
+    if run.is_master:
+        tok.save(os.path.join(out_dir, 'tokenizer.json'))
+    stop = StopSignal()
+    if run.is_master:
+        print(f'{trunk.n_params():,} parameters; {dataset}: {len(train_pairs):,} + '
+              f'{len(val_pairs):,} pairs')
 
-    def snapshot(step):
-        return {'stage': 'dpo' if loss == 'dpo' else 'reward', 'step': step, 'model': model.state_dict(), 'config': config,
-                'model_args': asdict(trunk.config), 'optimizer': [o.state_dict() for o in optimizers], 'tokenizer': tok.to_dict()}
+    began = time.perf_counter()
+    last_time = began
+    saved_step = first_step
+    # The last pass only saves and evaluates. For a resumed run past max_iters it is the only one.
+    for step in range(first_step, max(first_step, max_iters) + 1):
+        # 4. learning rate
+        for o in optimizers:
+            for group in o.param_groups:
+                group['lr'] = group['peak_lr'] * schedule_factor(step, config)
 
-    began, last_time, saved = time.time(), time.time(), first
-    for step in range(first, max(first, max_iters) + 1):
-        # 2. learning rate
-        lr = learning_rate_at(step, config)
-        for group in (g for o in optimizers for g in o.param_groups):
-            group['lr'] = lr * group['lr_scale']
-
-        # 3. save, evaluate
+        # 5. save, evaluate
         stopping = stop.by_any_rank(run)
         done = stopping or step >= max_iters
-        if stopping or step > first and (done or step % eval_interval == 0):
-            saved = step
-            if run.master:
-                save_checkpoint(out_dir, snapshot(step), final=done)
+        if stopping or (step > first_step and (done or step % eval_interval == 0)):
+            saved_step = step
+            if run.is_master:
+                snapshot = make_checkpoint(step, model, trunk, optimizers, run.scaler, config, tok)
+                save_checkpoint(out_dir, snapshot, final=done)
         if done:
             break
-        if step % eval_interval == 0 and run.master:
-            logger.log(step, evaluate(model, reference, val_pairs, gold, run))
-            last_time = time.time()
+        if step % eval_interval == 0 and run.is_master:
+            logger.log(step, evaluate(model, reference, val_pairs, check_response, config, run))
+            last_time = time.perf_counter()
 
-        # 4. forward and backward, a micro-batch at a time
-        chosen = [train_pairs[i] for i in grouped_order(len(train_pairs), step, sequences, length_groups, seed)]
-        micro_batches = [chosen[i:i + batch_size] for i in range(0, sequences, batch_size)][run.rank::run.world]
-        found = torch.zeros(3, device=run.device)  # the two losses, accuracy
-        for i, pairs in enumerate(micro_batches):
-            idx, mask, margins = (t.to(run.device, non_blocking=True) for t in get_batch(pairs))
-            if run.world > 1:  # the ranks exchange gradients once a step
-                trained.require_backward_grad_sync = i == len(micro_batches) - 1
+        # 6. forward and backward, one micro-batch at a time
+        order = grouped_order(len(train_pairs), step, pairs_per_step, length_groups, seed,
+                              'batches')
+        pairs = [train_pairs[i] for i in order]
+        micro_batches = [pairs[i:i + batch_size] for i in range(0, pairs_per_step, batch_size)]
+        micro_batches = micro_batches[run.rank::run.world_size]
+        mean_loss = 0.0
+        mean_denoise_loss = 0.0
+        mean_accuracy = 0.0
+        for i, micro_batch in enumerate(micro_batches):
+            batch = [t.to(run.device, non_blocking=True) for t in get_batch(micro_batch)]
+            idx, mask, margins = batch
+            if run.world_size > 1:
+                # The ranks exchange gradients once per step, after the last micro-batch.
+                wrapped.require_backward_grad_sync = i == len(micro_batches) - 1
+            denoise_loss = torch.zeros((), device=run.device)
             with run.autocast:
-                if denoise_weight and not causal:  # in one pass with the scores; the pad token, which no text has, is a blank
-                    noise = rng(seed, step, run.rank + i * run.world, device=run.device)
-                    scores, restored = trained(*tamper(idx, mask, tok.special['<|pad|>'], noise))
+                if denoise_weight and not causal:
+                    # One pass for both tasks.
+                    number = i * run.world_size + run.rank  # of the micro-batch, over all ranks
+                    generator = generator_for(seed, 'denoising', step, number, device=run.device)
+                    noisy = tamper(idx, mask, blank, generator)
+                    scores, denoise_loss = wrapped(*noisy)
                 else:
-                    scores, restored = score(trained, reference, idx, mask), torch.zeros((), device=run.device)
-                a, b, *_ = scores.float().split(len(pairs))
-                micro_loss = pairwise_loss(a, b, 'bt' if loss == 'dpo' else loss, margin * margins if loss == 'bt_margin'
-                                           else margin, flip_rate) + center_weight * (a + b).square().mean()
-            total = (micro_loss + denoise_weight * restored + moe_aux_weight * trunk.aux_loss()) / len(micro_batches)
-            run.scaler.scale(total).backward()
-            found += torch.stack((micro_loss, restored, (a > b).float().mean())).detach() / len(micro_batches)
+                    scores = score(wrapped, reference, idx, mask, dpo_beta)
+            # With the denoising task there are scores of its responses too; they are not used.
+            n_pairs = len(micro_batch)
+            chosen = scores[:n_pairs].float()
+            rejected = scores[n_pairs:2 * n_pairs].float()
+            if loss == 'dpo':
+                micro_loss = pairwise_loss(chosen, rejected, 'bt', flip_rate=flip_rate)
+            elif loss == 'bt_margin':
+                micro_loss = pairwise_loss(chosen, rejected, loss, margin * margins, flip_rate)
+            else:
+                micro_loss = pairwise_loss(chosen, rejected, loss, margin, flip_rate)
+            micro_loss = micro_loss + center_weight * (chosen + rejected).square().mean()
+            total = micro_loss + denoise_weight * denoise_loss + moe_aux_weight * trunk.aux_loss()
+            run.scaler.scale(total / len(micro_batches)).backward()
+            mean_loss += micro_loss.detach() / len(micro_batches)
+            mean_denoise_loss += denoise_loss.detach() / len(micro_batches)
+            mean_accuracy += (chosen > rejected).float().mean() / len(micro_batches)
 
-        # 5. clip and step
+        # 7. clip and step
         for o in optimizers:
             run.scaler.unscale_(o)
+        skip_idle_experts(model)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        if not torch.isfinite(found[0] if run.scaler.is_enabled() else grad_norm):
-            raise diverged(step, out_dir, saved, loss=found[0], grad_norm=grad_norm)
+        overflow = not torch.isfinite(grad_norm)
+        may_skip = run.scaler.is_enabled() and torch.isfinite(mean_loss)  # float16 may overflow
+        if overflow and not may_skip:
+            raise divergence_error(step, out_dir, saved_step, loss=mean_loss, grad_norm=grad_norm)
         for o in optimizers:
-            torch.isfinite(grad_norm) and run.scaler.step(o)  # float16: all step or none
+            if not overflow:  # otherwise the step is skipped by all optimizers
+                run.scaler.step(o)
             o.zero_grad(set_to_none=True)
         run.scaler.update()
 
-        # 6. log
+        # 8. log
         if step % log_interval == 0:
-            record = dict(zip(('loss', 'denoise_loss', 'train_accuracy'), sum_over_ranks(found) / run.world))
-            logger.log(step, record | dict(lr=lr, grad_norm=grad_norm, ms=1000 * (time.time() - last_time)))
-        last_time = time.time()
+            means = torch.stack((mean_loss, mean_denoise_loss, mean_accuracy))
+            means = (sum_over_ranks(means) / run.world_size).tolist()
+            metrics = {'loss': means[0], 'denoise_loss': means[1], 'train_accuracy': means[2],
+                       'lr': optimizers[0].param_groups[0]['lr']}
+            if loss != 'dpo':
+                metrics['head_lr'] = optimizers[0].param_groups[-1]['lr']
+            if len(optimizers) > 1:
+                metrics['muon_lr'] = optimizers[1].param_groups[0]['lr']
+            if overflow:
+                metrics['skipped'] = 1
+            else:
+                metrics['grad_norm'] = grad_norm.item()
+            metrics['ms'] = 1000 * (time.perf_counter() - last_time)
+            logger.log(step, metrics)
+        last_time = time.perf_counter()
 
-    # 7. the end: set the score's mean and variance, save, and tell what was learned
-    stop.leave(run, stopping, step, out_dir)  # the other ranks end here
-    seconds, test_pairs = time.time() - began, prepare_pairs(test_rows, tok, policy.config.block_size)
-    figures = evaluate(model, reference, test_pairs, gold, run)
+    # 9. the end: the figures of the test pairs, the mean and variance of the scores, the last save
+    stop.end_training(run, stopping, step, out_dir)  # other ranks, and a stopped run, exit here
+    seconds = time.perf_counter() - began
+    test_pairs = prepare_pairs(test_rows, tok, block_size)
+    figures = evaluate(model, reference, test_pairs, check_response, config, run)
     if loss != 'dpo':
+        conversations = [row['messages'] for row in val_rows[:normalize_prompts]]
+        prompts = encode_prompts(conversations, tok, block_size, max_new_tokens)
         with run.autocast:
-            std, mean = score_moments(model, policy.to(run.device), tok, val_rows[:normalize_prompts], max_new_tokens,
-                                      rng(seed, step, device=run.device))
-        model.shift.add_(mean), model.scale.div_(std if std > 0 else 1)
-    save_checkpoint(out_dir, snapshot(step))
-    print(*(f'    {name:24} {value:8.4f}' for name, value in figures.items()), sep='\n')
-    logger.final({**figures, 'seconds': seconds, 'peak_memory_mb': peak_memory_mb(run.type), 'steps': step,
-                  'parameters': trunk.n_params()})
+            std, mean = score_moments(model, policy.to(run.device), tok, prompts, max_new_tokens,
+                                      generator_for(seed, 'normalisation', device=run.device))
+        # From here on the model returns (score - mean) / std.
+        model.shift.fill_(mean)
+        model.scale.fill_(1 / std if std > 0 else 1.0)
+    snapshot = make_checkpoint(step, model, trunk, optimizers, run.scaler, config, tok)
+    save_checkpoint(out_dir, snapshot)
+    for name, value in figures.items():
+        print(f'    {name:24} {value:8.4f}')
+    logger.final({**figures, 'seconds': seconds, 'peak_memory_mb': peak_memory_mb(run.device_type),
+                  'steps': step, 'parameters': trunk.n_params()})
+    draw_curves([out_dir], os.path.join(out_dir, 'curves.png'))

@@ -1,55 +1,248 @@
 """
-Let a trained model speak: continue a text, answer a file of prompts, or chat in the terminal.
+Use a trained model: continue a text, answer a file of prompts, or chat in the terminal.
 
-    python sample.py                                          from the default run, out/base
-    python sample.py --start="O Romeo" --stream=True          print as it goes
+    python sample.py                                     from the default run, out/base
+    python sample.py --start="O Romeo" --stream=True     print tokens as they are sampled
     python sample.py --start=FILE:prompt.txt --num_samples=5
-    python sample.py --out_dir=out/sft --chat=True            a conversation; /reset forgets it, Ctrl-C stops an answer
-    python sample.py --prompts=questions.jsonl --answers=answers.jsonl --best_of=4 --reward_model=out/reward
+    python sample.py --out_dir=out/sft --chat=True       /reset forgets, Ctrl-C stops a response
+    python sample.py --prompts=questions.jsonl --answers=answers.jsonl --best_of=4 \\
+        --reward_model=out/reward
+
+The first half of this file, responses to prompts in batches, serves the other stages too.
 """
-import json, os
+import contextlib
+import json
+import math
+import os
+
+# configurator comes first: it answers --help before torch is loaded
+from configurator import configure, generator_for, has_fast_bfloat16, printable, start_run
 import torch
-from bpe import printable, render_chat
-from configurator import at_least_one, configure, rng, start_run
-from data.answers import answer, best_of as best_of_n
-from data.dataset import read_jsonl
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from bpe import render_chat
+from data.examples import read_records, to_examples
 from data.pretrained import load_model, load_reward_model
 
 # -----------------------------------------------------------------------------
-init_from = 'resume'      # 'resume' = the run in out_dir | a run's folder | a Hugging Face folder or name
+# the model
+init_from = 'resume'      # 'resume' = the run in out_dir | a run's folder | a Hugging Face model
 out_dir = 'out/base'      # folder of the run
+# what to do
 start = '\n'              # the text to continue; FILE:prompt.txt reads it from a file
-num_samples = 3           # continuations, made in one batch
-max_new_tokens = 300      # tokens of each, at most
-temperature = 0.8         # below 1 safer, above 1 wilder; 0 = always the likeliest token
-top_k = 0                 # only the k likeliest tokens; 0 = all
-top_p = 1.0               # only the fewest tokens that together reach this probability
+num_samples = 3           # continuations, sampled in one batch
+stream = False            # print each sample token by token
+chat = False              # chat with the model
+prompts = ''              # a file of prompts to answer, JSON Lines
+answers = 'answers.jsonl'  # the file to write: the lines of that file, each with a "response"
+best_of = 1               # keep the best of this many responses to each prompt, by their scores
+reward_model = 'out/reward'  # folder of the reward model that scores them
+missing_end_score = -3.0  # replaces the score of a response without an end token, as in ppo.py
+# sampling
+max_new_tokens = 300      # largest number of tokens per sample
+temperature = 0.8         # below 1 sharpens the distribution; 0 = always the most probable token
+top_k = 0                 # only the k most probable tokens; 0 = all
+top_p = 1.0               # only the fewest tokens whose probability reaches p
 seed = 1337
-stream = False            # print each sample as it is made
-chat = False              # talk to the model
-prompts = ''              # a JSON Lines file of prompts to answer
-answers = 'answers.jsonl'  # where the answers go: each line of `prompts` with a "response"
-best_of = 1               # of so many answers to each prompt, take the one that reward_model scores highest
-reward_model = 'out/reward'  # folder of a run of reward.py
-batch_size = 32           # prompts answered at a time
-use_cache = True          # False = compute every token's keys and values again, to see what the cache saves
+batch_size = 32           # prompts per batch
+use_cache = True          # False = recompute all keys and values for every token, to compare
+# machine
 device = 'auto'           # 'auto' | 'cpu' | 'cuda' | 'cuda:1' | 'mps'
 dtype = 'auto'            # 'auto' | 'float32' | 'bfloat16' | 'float16'
-compile = False           # no effect; here so that nanoGPT's command lines run
+compile = False           # has no effect; accepted so that nanoGPT's command lines run
 # -----------------------------------------------------------------------------
 
-def fit(ids, model, room):
-    """Prompt ids that leave `room` tokens, or half of the context, to what follows: cut on the left where they do
-    not, which is said once."""
-    size = model.config.block_size
-    most = max(size - room, (size + 1) // 2)
-    if len(ids) > most and not hasattr(fit, 'said'):
-        fit.said = print(f'[a prompt of {len(ids)} tokens is cut on the left to {most}; block_size is {size}]')
-    return ids[-most:]
 
-def spoken(tokens, tok, stop=()):
-    """Yield printable text from token ids as they come, up to a stop token. A character whose bytes are split
-    over tokens is held back until it is whole."""
+# Prompts and responses, for this script and for the other stages
+
+def prompt_ids(messages, tok):
+    """The ids of a conversation that ends with the user, up to where the response begins: the
+    marker that opens it is the last id."""
+    return render_chat(messages, tok)[0]
+
+
+def prompt_limit(tok, block_size, max_new_tokens):
+    """
+    The largest number of tokens that are kept of a prompt. Usually it is block_size -
+    max_new_tokens, the room that a response leaves. But it is never less than the markers of the
+    chat format and half of the context; then a long response streams past block_size. ValueError if
+    nothing of a question would be kept.
+    """
+    n_markers = len(prompt_ids([{'role': 'user', 'content': ''}], tok))
+    limit = max(block_size - max_new_tokens, n_markers + block_size // 2)
+    limit = min(limit, block_size)
+    if limit <= n_markers:
+        raise ValueError(f'block_size {block_size} leaves nothing of a question: the chat format '
+                         f'alone takes {n_markers} tokens; use a model with a larger block_size')
+    return limit
+
+
+def truncate_prompts(prompts, limit):
+    """Returns (prompts, n_truncated): lists of ids, truncated on the left to `limit` tokens."""
+    n_truncated = sum(len(ids) > limit for ids in prompts)
+    return [ids[-limit:] for ids in prompts], n_truncated
+
+
+def encode_prompts(conversations, tok, block_size, max_new_tokens, verbose=True):
+    """
+    The ids of each conversation (a list of messages that ends with the user), truncated on the left
+    to prompt_limit. Rollouts, evaluations and sampling all take their prompts from here. The number
+    of truncated prompts is printed.
+    """
+    limit = prompt_limit(tok, block_size, max_new_tokens)
+    prompts = [prompt_ids(messages, tok) for messages in conversations]
+    prompts, n_truncated = truncate_prompts(prompts, limit)
+    if n_truncated and verbose:
+        print(f'truncated {n_truncated} of {len(prompts)} prompts to {limit} tokens')
+    return prompts
+
+
+def pad_left(rows, device='cpu'):
+    """Lists of ids as one tensor (B, T), with -1 on the left of shorter ones, as GPT.generate
+    expects."""
+    rows = [torch.tensor(row, dtype=torch.long) for row in rows]
+    padded = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side='left')
+    return padded.to(device)
+
+
+def answer(model, tok, prompts, max_new_tokens, batch_size=250, **sampling):
+    """
+    Responses to prompts (lists of ids): [(text, ended)], ended telling whether it has an end token.
+    `sampling`: temperature, top_k, top_p, use_cache and generator, as GPT.generate takes them.
+    """
+    suppress = tok.missing_ids(model.config.vocab_size)
+    responses = [None] * len(prompts)
+    # Prompts of similar length share a batch, so that little is padded.
+    lengths = torch.tensor([len(ids) for ids in prompts])
+    for chunk in lengths.argsort(stable=True).split(batch_size):
+        numbers = chunk.tolist()
+        idx = pad_left([prompts[i] for i in numbers], model.wte.weight.device)
+        with fast_decoding(model, len(numbers)):
+            out = model.generate(idx, max_new_tokens, stop=tok.eos_ids, suppress=suppress,
+                                 **sampling)
+        for i, ids in zip(numbers, out[:, idx.size(1):].tolist()):
+            new = [token for token in ids if token != -1]
+            ended = new[-1] in tok.eos_ids
+            responses[i] = tok.decode(new[:-1] if ended else new), ended
+    return responses
+
+
+@torch.no_grad()
+def best_of_n(model, tok, conversations, responses, missing_end_score):
+    """
+    The best of n responses to each conversation by the scores of a reward model (best-of-n
+    sampling, arXiv 2009.01325). responses: [(text, ended)], the n of a conversation side by side. A
+    response without an end token has the score missing_end_score.
+    """
+    n = len(responses) // len(conversations)
+    device = next(model.parameters()).device
+    block_size = model.trunk.config.block_size
+    best = []
+    for i, messages in enumerate(conversations):
+        candidates = responses[i * n:(i + 1) * n]
+        all_ids, all_masks = [], []
+        for text, _ in candidates:
+            ids, mask = render_chat([*messages, {'role': 'assistant', 'content': text}], tok)
+            all_ids.append(ids[-block_size:])
+            all_masks.append(mask[-block_size:])
+        # The reward model reads the tokens where the mask is 1: neither 0 nor padding, -1.
+        scores = model(pad_left(all_ids, device), pad_left(all_masks, device))
+        ended = torch.tensor([ended for _, ended in candidates], device=device)
+        scores = torch.where(ended, scores, missing_end_score)
+        best.append(candidates[scores.argmax()][0])
+    return best
+
+
+def exact_match(responses, gold):
+    """The share of texts that equal the gold responses; None if one of these is None, unknown."""
+    if None in gold:
+        return None
+    return sum(text == correct for text, correct in zip(responses, gold)) / len(gold)
+
+
+# -----------------------------------------------------------------------------
+# Faster decoding on a CPU
+
+@contextlib.contextmanager
+def fast_decoding(model, n_rows):
+    """
+    A context in which a CPU generates faster, n_rows responses at a time; on other devices it does
+    nothing. Code without it computes the same logits, up to rounding.
+
+    It replaces the forward of large linear layers by a function of fast_linear, which may hold a
+    copy of the weights. So inside the context the weights must not change, and no gradients are
+    computed.
+    """
+    if model.wte.weight.device.type != 'cpu':
+        yield
+        return
+    dtype = model.wte.weight.dtype
+    if torch.is_autocast_enabled('cpu'):
+        dtype = torch.get_autocast_dtype('cpu')
+    replaced = []
+    for layer in model.modules():
+        # 'forward' is in vars(layer) if it is replaced already: one context inside another.
+        if isinstance(layer, torch.nn.Linear) and 'forward' not in vars(layer):
+            forward = fast_linear(layer, n_rows, dtype)
+            if forward is not None:
+                layer.forward = forward
+                replaced.append(layer)
+    try:
+        # The fast layers multiply in dtype; everything else is faster without autocast.
+        with torch.autocast('cpu', enabled=False):
+            yield
+    finally:
+        for layer in replaced:
+            del layer.forward
+
+
+def fast_linear(layer, n_rows, dtype):
+    """A function that computes what a linear layer does, for about n_rows tokens; None if there is
+    no faster way, as for small layers."""
+    weight = layer.weight.detach()
+    bias = None if layer.bias is None else layer.bias.detach()
+    is_small = n_rows * weight.numel() < 2 ** 18  # found by measurement
+    if is_small or dtype not in (torch.float32, torch.bfloat16):
+        return None
+
+    # 1. oneDNN's blocked layout of the weights, which otherwise is made anew at each call. It helps
+    # with several rows, and in bfloat16 always; where bfloat16 is emulated, float32 is faster.
+    multiplies_bfloat16 = has_fast_bfloat16('cpu')
+    use_bfloat16 = multiplies_bfloat16 and dtype == torch.bfloat16
+    if torch.backends.mkldnn.is_available() and (n_rows > 2 or use_bfloat16):
+        kept_dtype = dtype if multiplies_bfloat16 else torch.float32
+        blocked = torch.ops.mkldnn._reorder_linear_weight(weight.to(kept_dtype))
+        if bias is not None:
+            bias = bias.to(kept_dtype)
+
+        def linear_blocked(x):
+            y = torch.ops.mkldnn._linear_pointwise(x.to(kept_dtype), blocked, bias, 'none', [], '')
+            return y.to(x.dtype)
+        return linear_blocked
+
+    # 2. A single row: PyTorch multiplies a matrix by a vector on one core; here all cores share the
+    # rows of the matrix.
+    n_parts = math.gcd(torch.get_num_threads(), layer.out_features)
+    if n_parts == 1 or weight.dtype != torch.float32:
+        return None
+    parts = weight.view(n_parts, -1, layer.in_features)
+
+    def linear_on_all_cores(x):
+        if x.numel() != layer.in_features:  # a prompt of several tokens
+            return F.linear(x, weight, bias)
+        column = x.reshape(1, -1, 1).expand(n_parts, -1, -1)          # (parts, in, 1)
+        y = torch.bmm(parts, column).view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
+    return linear_on_all_cores
+
+
+# -----------------------------------------------------------------------------
+# Text in the terminal
+
+def printed_text(tokens, tok, stop=()):
+    """Yield printable text from token ids as they come, up to a stop token. A character whose bytes
+    are split over several tokens is held back until it is complete."""
     decode = tok.stream_decoder()
     for token in tokens:
         if token in stop:
@@ -57,72 +250,124 @@ def spoken(tokens, tok, stop=()):
         yield printable(decode([token]))
     yield printable(decode([], final=True))
 
-def answer_prompts(model, tok, conversations, judge, how):
-    """The model's answers (strings) to lists of messages; with a judge, the best of best_of by its scores."""
-    prompts = [fit(render_chat(c, tok)[0], model, max_new_tokens) for c in conversations for _ in range(best_of)]
-    texts = [text for text, _ in answer(model, tok, prompts, batch_size=batch_size, **how)]
-    return best_of_n(judge, tok, conversations, texts) if judge else texts
 
-def converse(model, tok, stream):
-    """A conversation in the terminal, until the end of input."""
-    history, end = [], tok.special.get('<|end|>')
-    print('Say something; /reset starts anew, Ctrl-C stops an answer, Ctrl-D leaves.')
-    while True:
+def print_stream(model, tok, ids, stop, sampling):
+    """Sample a continuation of ids and print it token by token; Ctrl-C ends it. Returns the
+    text."""
+    text = ''
+    idx = torch.tensor([ids], device=model.wte.weight.device)
+    suppress = tok.missing_ids(model.config.vocab_size)
+    with fast_decoding(model, 1):
+        tokens = (token.item() for token in model.stream(idx, stop=stop, suppress=suppress,
+                                                         **sampling))
         try:
-            said = input('> ').strip()
-        except (EOFError, KeyboardInterrupt):
-            return print()
-        if said == '/reset':
-            history = []
-        if said in ('', '/reset'):
-            continue
-        history.append({'role': 'user', 'content': said})
-        ids, answer = fit(render_chat(history, tok)[0], model, max_new_tokens), ''
-        tokens = (t.item() for t in stream(torch.tensor([ids], device=run.device), stop=[end]))
-        try:
-            for text in spoken(tokens, tok, [end]):
-                print(text, end='', flush=True)
-                answer += text
+            for piece in printed_text(tokens, tok, stop):
+                print(piece, end='', flush=True)
+                text += piece
         except KeyboardInterrupt:
             print(' [stopped]', end='')
-        print()
-        history.append({'role': 'assistant', 'content': answer})
+    return text
 
-if __name__ == "__main__":
-    config = configure(globals())
-    at_least_one(config, 'best_of', 'num_samples', 'batch_size', 'max_new_tokens')
+
+def chat_loop(model, tok, sampling):
+    """A conversation in the terminal, until the end of the input."""
+    history = []
+    warned = False
+    print('Type a message. /reset starts anew, Ctrl-C stops a response, Ctrl-D quits.')
+    while True:
+        try:
+            message = input('> ').strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if message == '/reset':
+            history = []
+        if message in ('', '/reset'):
+            continue
+        history.append({'role': 'user', 'content': message})
+        limit = prompt_limit(tok, model.config.block_size, sampling['max_new_tokens'])
+        ids = prompt_ids(history, tok)
+        if len(ids) > limit and not warned:
+            print(f'[the conversation has {len(ids)} tokens; the last {limit} are used, because '
+                  f'block_size is {model.config.block_size}]')
+            warned = True
+        response = print_stream(model, tok, ids[-limit:], tok.eos_ids, sampling)
+        print()
+        history.append({'role': 'assistant', 'content': response})
+
+
+def answer_file(model, tok, path, out, scorer, n, missing_end_score, batch_size, sampling):
+    """Answer the prompts of a file and write each with its "response" to `out`. With a scorer, a
+    reward model, the response is the best of n."""
+    with open(path, 'rb') as f:
+        records = read_records(f.read(), path)
+    conversations = [row['messages'] for row in to_examples(records, path, 'prompt')]
+    encoded = encode_prompts(conversations, tok, model.config.block_size,
+                             sampling['max_new_tokens'])
+    with open(out, 'a', encoding='utf-8'):
+        pass  # an output that cannot be written is reported before the work
+    repeated = [ids for ids in encoded for _ in range(n)]
+    responses = answer(model, tok, repeated, batch_size=batch_size, **sampling)
+    if scorer is None:
+        texts = [text for text, _ in responses]
+    else:
+        texts = best_of_n(scorer, tok, conversations, responses, missing_end_score)
+    with open(out, 'w', encoding='utf-8') as f:
+        for (_, record, _), text in zip(records, texts):
+            if isinstance(record, list):  # a bare list of messages
+                record = {'messages': record}
+            f.write(json.dumps({**record, 'response': text}, ensure_ascii=False) + '\n')
+    print(f'{len(texts)} responses written to {out}')
+
+
+if __name__ == '__main__':
+    # 1. settings, model, machine
+    config, _ = configure(globals())
     model, tok = load_model(out_dir if init_from == 'resume' else init_from, config)
     run = start_run(config, flops=0)
     model.to(run.device).eval()
-    how = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, use_cache=use_cache,
-               generator=rng(seed, device=run.device))
+    sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
+                    top_p=top_p, use_cache=use_cache,
+                    generator=generator_for(seed, 'sample', device=run.device))
+
     with run.autocast:
+        # 2. a conversation
         if chat:
-            converse(model, tok, lambda idx, stop: model.stream(idx, stop=stop, **how))
+            chat_loop(model, tok, sampling)
+
+        # 3. a file of prompts
         elif prompts:
-            asked = read_jsonl(prompts, 'prompt')
-            conversations = [a.get('messages') or [{'role': 'user', 'content': a['prompt']}] for a in asked]
-            conversations = [c[:-1] if render_chat(c, tok)[1][-1] else c for c in conversations]  # not what was answered
-            judge = load_reward_model(reward_model, tok).to(run.device) if best_of > 1 else None
+            scorer = None
+            if best_of > 1:
+                scorer = load_reward_model(reward_model, tok).to(run.device)
             os.makedirs(os.path.dirname(answers) or '.', exist_ok=True)
-            texts = answer_prompts(model, tok, conversations, judge, how)
-            with open(answers, 'w', encoding='utf-8') as f:
-                f.writelines(json.dumps({**a, 'response': t}, ensure_ascii=False) + '\n' for a, t in zip(asked, texts))
-            print(f'{len(texts)} answers written to {answers}')
+            answer_file(model, tok, prompts, answers, scorer, best_of, missing_end_score,
+                        batch_size, sampling)
+
+        # 4. continuations of a text
         else:
             if start.startswith('FILE:'):
-                with open(start[5:], encoding='utf-8', newline='') as f:
+                with open(start.removeprefix('FILE:'), encoding='utf-8', newline='') as f:
                     start = f.read()
-            stop = [tok.special[s] for s in ('<|endoftext|>',) if s in tok.special]
-            ids = tok.encode(start) or stop
-            if model.config.pos == 'learned':
-                ids = fit(ids, model, 0)
-            idx = torch.tensor([ids] * (1 if stream else num_samples), device=run.device)
-            for _ in range(num_samples if stream else 0):
-                print(printable(start), end='', flush=True)
-                for text in spoken((t.item() for t in model.stream(idx, stop=stop, **how)), tok, stop):
-                    print(text, end='', flush=True)
-                print('\n' + '-' * 15)
-            for row in [] if stream else model.generate(idx, stop=stop, **how).tolist():
-                print(printable(start + tok.decode([t for t in row[len(ids):] if t != -1 and t not in stop])))
-                print('-' * 15)
+            stop = tok.eos_ids
+            # As in nanoGPT, <|endoftext|> in the start is the special token.
+            ids = tok.encode(start, special=True)
+            if not ids:  # an empty start is the beginning of a document, which follows another
+                ids = stop[:1] if tok.end_of_text is None else [tok.end_of_text]
+            if model.config.pos == 'learned' and len(ids) > model.config.block_size:
+                print(f'truncated the start from {len(ids)} to {model.config.block_size} tokens')
+                ids = ids[-model.config.block_size:]
+            if stream:
+                for _ in range(num_samples):
+                    print(printable(start), end='', flush=True)
+                    print_stream(model, tok, ids, stop, sampling)
+                    print('\n' + '-' * 15)
+            else:
+                idx = torch.tensor([ids] * num_samples, device=run.device)
+                with fast_decoding(model, num_samples):
+                    out = model.generate(idx, stop=stop, **sampling,
+                                         suppress=tok.missing_ids(model.config.vocab_size))
+                for row in out[:, len(ids):].tolist():
+                    new = [token for token in row if token != -1 and token not in stop]
+                    print(printable(start + tok.decode(new)))
+                    print('-' * 15)

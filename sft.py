@@ -1,64 +1,76 @@
 """
-Supervised fine-tuning: a language model learns to answer from demonstrations, prompts and responses (InstructGPT,
-arXiv 2203.02155, section 3.5).
+Supervised fine-tuning: a language model learns to respond from demonstrations, prompts with
+responses (InstructGPT, arXiv 2203.02155, section 3.5).
 
-    python sft.py                                          wordplay, from the byte model of config/wordplay/base.py
-    python sft.py --dataset=alpaca --init_from=FOLDER      any instructions, any model
-    python sft.py --curriculum=short_to_long               from short examples to long ones
-    python sft.py --init_from=resume                       go on after a stop
+    python sft.py                                        wordplay, on the model in out/bytes
+    python sft.py --dataset=alpaca --init_from=FOLDER    any instructions, any model
+    python sft.py --curriculum=short_to_long             from short examples to long ones
+    python sft.py --init_from=resume                     continue a stopped run
     torchrun --standalone --nproc_per_node=8 sft.py --gradient_accumulation_steps=8
 
-The loss counts the response and its end, never the prompt: the model learns to answer, not to ask. At the end it
-answers held-out prompts, greedily and by sampling, and is compared with the gold responses.
+The loss counts the response and its end token, never the prompt. At the end the model answers
+held-out prompts, greedily and by sampling, and its responses are compared with the gold responses.
 """
-import math, time
+import math
+import os
+import time
+from collections import Counter
 from dataclasses import asdict
+
+# configurator comes first: it answers --help before torch is loaded
+from configurator import (Logger, StopSignal, check_choice, check_divisible, configure,
+                          divergence_error,
+                          generator_for, one_line, parallel, peak_memory_mb, restore_optimizers,
+                          resume, save_checkpoint, schedule_factor, seed_for, start_run,
+                          sum_over_ranks)
 import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from bpe import printable, render_chat
-from configurator import (Logger, StopSignal, at_least_one, configure, diverged, learning_rate_at, one_of, parallel,
-                          peak_memory_mb, resume, rng, save_checkpoint, seed_for, start_run, sum_over_ranks)
-from data.answers import answer, exact_match, rouge_l, token_f1
-from data.dataset import grouped_order, load_examples
+
+from assets.draw import draw_curves
+from bpe import render_chat
+from data.examples import grouped_order, load_examples
 from data.pretrained import load_chat_model
+from model import evaluation_mode, skip_idle_experts
+from sample import answer, encode_prompts, exact_match, prompt_ids
 
 # -----------------------------------------------------------------------------
-# where and when
+# the run
 out_dir = 'out/sft'                # folder of the run: checkpoints, log, curves
-init_from = 'out/bytes'            # 'scratch' | 'resume' | a run's folder | a Hugging Face folder or name
+init_from = 'out/bytes'            # 'resume' | a run's folder | a Hugging Face model | 'scratch'
+                                   # (a small model of bytes with random weights)
 seed = 1337                        # every random choice is a function of (seed, step)
-eval_interval = 500                # steps between evaluations, each with a few answers and a checkpoint
-eval_prompts = 200                 # held-out prompts answered at each of them
+eval_interval = 500                # steps between evaluations, each with a checkpoint
+eval_prompts = 200                 # held-out prompts per evaluation
 eval_only = False                  # evaluate as at the end, log it in out_dir/eval, and stop
 log_interval = 20                  # steps between lines of the log
 tensorboard_log = False            # log to out_dir/tensorboard
-wandb_log = False                  # log to Weights & Biases, as project nanollm, by the name of the folder
+wandb_log = False                  # log to Weights & Biases, under the name of the folder
 # data
-dataset = 'wordplay'               # a folder of data/ with sft_train.jsonl and sft_val.jsonl, or the full path of one
-test_split = 'prompts_test'        # the final figures are of this file, or where it is not there of sft_val
-test_prompts = 1000                # this many of its prompts are answered
-test_draws = 4                     # sampled answers to each, at temperature 1
-max_new_tokens = 64                # of an answer, in evaluations
-gradient_accumulation_steps = 2    # micro-batches a step, over all ranks together
-batch_size = 64                    # examples in a micro-batch
+dataset = 'wordplay'               # a folder of data/ with sft_train and sft_val.jsonl, or its path
+test_split = 'prompts_test'        # file of the final figures; sft_val if there is none
+test_prompts = 1000                # number of its prompts
+test_draws = 4                     # sampled responses to each, at temperature 1
+max_new_tokens = 64                # per response, in evaluations
+gradient_accumulation_steps = 2    # micro-batches per step, over all ranks together
+batch_size = 64                    # examples per micro-batch
 curriculum = 'none'                # 'none' (random order) | 'short_to_long' (arXiv 2108.02170)
-curriculum_stages = 4              # stage i draws from the i/n shortest examples, the last from all
-curriculum_frac = 0.4              # share of the run at which the last stage begins
+curriculum_stages = 4              # stage i of n uses the i/n shortest examples
+curriculum_frac = 0.4              # share of the run after which all examples are used
 # optimizer and schedule
 optimizer = 'muon'                 # 'muon' (matrices of the blocks; AdamW for the rest) | 'adamw'
-learning_rate = 3e-3               # of AdamW, at the top of the schedule
+learning_rate = 3e-3               # of AdamW, at the peak of the schedule
 muon_lr = 0.02                     # of Muon, on the same schedule
-max_iters = 1600
+max_iters = 1600                   # steps
 weight_decay = 0.1
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0                    # largest gradient norm; 0 = no clipping
-lr_schedule = 'linear'             # 'cosine' | 'linear' | 'wsd' (warm-up, stable, decay) | 'constant'
+lr_schedule = 'linear'             # 'cosine' | 'linear' | 'wsd' | 'constant'
 warmup_iters = 20
 dropout = 0.0
 attn = 'auto'                      # 'auto' | 'sdpa' | 'manual'
-moe_aux_weight = 0.01              # weight of the load-balancing loss, where experts have moe_balance 'aux'
+moe_aux_weight = 0.01              # weight of the load-balancing loss, if moe_balance is 'aux'
 # machine
 backend = 'nccl'                   # of torch.distributed on GPUs; on CPUs it is gloo
 device = 'auto'                    # 'auto' | 'cpu' | 'cuda' | 'cuda:1' | 'mps'
@@ -66,182 +78,337 @@ dtype = 'auto'                     # 'auto' | 'float32' | 'bfloat16' | 'float16'
 compile = 'auto'                   # 'auto' | True | False: torch.compile
 # -----------------------------------------------------------------------------
 
-def prepare_examples(rows, tok, block_size):
-    """[(ids, mask)] of rows with messages, mask 1 where the loss counts the token: the response and its end, not
-    the prompt. Too long ones are cut on the left, or left out if the last response alone is too long,
-    and both are said. ValueError if none is left."""
-    examples, cut, dropped = [], 0, 0
+
+def keeps_a_question(mask, messages, tok):
+    """Whether an example that was truncated on the left still has, before its last response, room
+    for the markers of the chat format and the last word of the prompt."""
+    n_response = 0
+    for counted in reversed(mask):
+        if not counted:
+            break
+        n_response += 1
+    n_kept = len(mask) - n_response  # tokens before the last response
+    n_markers = len(prompt_ids([{'role': 'user', 'content': ''}], tok))
+    last_word = messages[-2]['content'].split()[-1:]
+    return n_kept >= n_markers + len(tok.encode(''.join(last_word)))
+
+
+def prepare_examples(rows, tok, block_size, verbose=True):
+    """
+    [(ids, mask)] of rows with messages; mask is 1 where the loss counts the token: the response and
+    its end token, not the prompt. Examples that are too long are truncated on the left, or skipped
+    if that would cut into the last response. The numbers are printed. ValueError if no example is
+    left.
+    """
+    examples = []
+    n_truncated = 0
+    n_skipped = 0
     for row in rows:
         ids, mask = render_chat(row['messages'], tok)
         if len(ids) > block_size + 1:
-            cut += 1
-            ids, mask = ids[-block_size - 1:], mask[-block_size - 1:]
-            if all(mask):  # the cut falls into the last response
-                dropped += 1
+            ids = ids[-block_size - 1:]
+            mask = mask[-block_size - 1:]
+            if not keeps_a_question(mask, row['messages'], tok):
+                n_skipped += 1
                 continue
+            n_truncated += 1
         examples.append((torch.tensor(ids), torch.tensor(mask)))
-    if cut:
-        print(f'{cut} of {len(rows)} examples are longer than block_size {block_size}: {dropped} of them left out, '
-              f'for their response does not fit; the others cut on the left')
+    if verbose and n_truncated + n_skipped:
+        print(f'of {len(rows)} examples, skipped {n_skipped} (no room for a question in block_size '
+              f'{block_size}), truncated {n_truncated} on the left')
     if not examples:
-        raise ValueError(f'no response fits in block_size {block_size}')
+        raise ValueError(f'no example fits in block_size {block_size}')
     return examples
 
+
 def get_batch(examples):
-    """Pad examples on the right: x (B, T), y the same shifted by one, and mask, 1 where y counts. A causal model's tokens
-    see no padding on their right, so it needs no mask of its own (the balancing loss of experts alone counts it)."""
-    ids, mask = (pad_sequence(part, batch_first=True) for part in zip(*examples))
+    """Examples padded on the right: x (B, T), y the same shifted by one, and mask (B, T), 1 where y
+    counts. The tokens of a causal model do not see padding on their right, so it needs no further
+    mask."""
+    ids = pad_sequence([ids for ids, _ in examples], batch_first=True)
+    mask = pad_sequence([mask for _, mask in examples], batch_first=True)
     return ids[:, :-1], ids[:, 1:], mask[:, 1:]
 
+
 def masked_loss(logits, targets, mask, total=None):
-    """Cross-entropy, nats a token, where mask is 1: its sum divided by `total`, the number of such tokens in the
-    whole accumulated batch of all ranks (None = in this one), so that every token weighs the same however a batch
-    is cut. Masked by position: a pad or an end token that counts has the id it has. logits (B, T, V), or (N, V) of the
-    tokens where mask is 1 alone."""
-    logits = logits[mask > 0] if logits.dim() == 3 else logits
-    return F.cross_entropy(logits.float(), targets[mask > 0], reduction='sum') / (mask.sum() if total is None else total)
+    """
+    Cross-entropy in nats per token where mask is 1. logits (B, T, V), or (N, V) of the N tokens
+    where mask is 1; targets and mask (B, T) -> scalar.
+
+    It is the sum divided by `total`, the number of such tokens in the whole accumulated batch of
+    all ranks (None = in this batch), so that every token has the same weight however a batch is
+    divided. The mask is by position, not by id: the end token counts even if its id is that of
+    padding.
+    """
+    if logits.dim() == 3:
+        logits = logits[mask > 0]
+    loss = F.cross_entropy(logits.float(), targets[mask > 0], reduction='sum')
+    return loss / (mask.sum() if total is None else total)
+
+
+def curriculum_stage(step, n_examples, stages, last_stage_at):
+    """
+    A curriculum from short to long (arXiv 2108.02170): returns (stage, first step of it, number of
+    examples in use, the shortest first). The last stage, of all examples, begins at step
+    last_stage_at.
+
+    >>> curriculum_stage(0, n_examples=100, stages=4, last_stage_at=60)
+    (0, 0, 25)
+    >>> curriculum_stage(45, n_examples=100, stages=4, last_stage_at=60)
+    (2, 40, 75)
+    """
+    starts = [round(last_stage_at * i / max(1, stages - 1)) for i in range(stages)]
+    stage = sum(step >= start for start in starts) - 1
+    return stage, starts[stage], math.ceil(n_examples * (stage + 1) / stages)
+
 
 def batch_indices(by_length, step, config):
-    """The examples of a step, for all ranks together: those that follow in an endless sequence of permutations, a
-    function of (seed, step). With a curriculum, stages begin with the shortest examples and end with all."""
-    count, n, stages = config['gradient_accumulation_steps'] * config['batch_size'], len(by_length), 1
-    stage, began = 0, 0
+    """
+    The examples of a step, for all ranks together: the next ones in an endless sequence of
+    permutations, a function of (seed, step). They are sorted by length, so that those of a
+    micro-batch need little padding. by_length: the numbers of all examples, the shortest first.
+    """
+    count = config['gradient_accumulation_steps'] * config['batch_size']
+    stage, stage_start, n = 0, 0, len(by_length)
     if config['curriculum'] == 'short_to_long':
-        stages = config['curriculum_stages']
-        starts = [round(config['max_iters'] * config['curriculum_frac'] * i / max(1, stages - 1)) for i in range(stages)]
-        stage = sum(step >= start for start in starts) - 1
-        began, n = starts[stage], math.ceil(n * (stage + 1) / stages)
-    return [by_length[i] for i in grouped_order(n, step - began, count, 1, config['seed'], stage)]  # micro-batches are alike
+        last_stage_at = config['max_iters'] * config['curriculum_frac']
+        stage, stage_start, n = curriculum_stage(step, n, config['curriculum_stages'],
+                                                 last_stage_at)
+    # The order is sorted within this step (groups=1), and by_length makes it one of lengths.
+    order = grouped_order(n, step - stage_start, count, 1, config['seed'], 'batches', stage)
+    return [by_length[i] for i in order]
+
+
+def token_f1(response, gold):
+    """Harmonic mean of precision and recall of the words of a response (SQuAD, arXiv 1606.05250).
+
+    >>> token_f1('the old king', 'the king sleeps')  # two words in common, three in each
+    0.6666666666666666
+    """
+    a = response.split()
+    b = gold.split()
+    if not a and not b:
+        return 1.0
+    n_common = sum((Counter(a) & Counter(b)).values())
+    return 2 * n_common / (len(a) + len(b))
+
+
+def rouge_l(response, gold):
+    """Harmonic mean of precision and recall of the longest common subsequence of words (ROUGE-L,
+    Lin 2004).
+
+    >>> rouge_l('king the old', 'the king sleeps')   # only one word in the same order
+    0.3333333333333333
+    """
+    a = response.split()
+    b = gold.split()
+    if not a and not b:
+        return 1.0
+    # row[j]: length of the longest common subsequence of the words of a so far and of b[:j]
+    row = [0] * (len(b) + 1)
+    for x in a:
+        diagonal = 0
+        for j, y in enumerate(b, 1):
+            above = row[j]
+            row[j] = diagonal + 1 if x == y else max(above, row[j - 1])
+            diagonal = above
+    return 2 * row[-1] / (len(a) + len(b))
+
 
 @torch.no_grad()
-def response_loss(model, examples, run):
-    """Nats a token of the gold responses, over all examples."""
-    total = count = 0
-    examples = sorted(examples, key=lambda e: len(e[0]))
-    for i in range(0, len(examples), batch_size):
-        x, y, mask = (t.to(run.device) for t in get_batch(examples[i:i + batch_size]))
-        with run.autocast:
-            logits, _ = model(x, read=mask.nonzero(as_tuple=True))
-        total, count = total + masked_loss(logits, y, mask, 1).item(), count + mask.sum().item()
+def response_loss(model, examples, batch_size, run):
+    """Nats per token of the gold responses, over all examples."""
+    total = 0.0
+    count = 0
+    examples = sorted(examples, key=lambda example: len(example[0]))
+    with evaluation_mode(model):
+        for i in range(0, len(examples), batch_size):
+            x, y, mask = [t.to(run.device) for t in get_batch(examples[i:i + batch_size])]
+            with run.autocast:
+                logits, _ = model(x, read=mask.nonzero(as_tuple=True))
+            total += masked_loss(logits, y, mask, total=1).item()  # the sum
+            count += mask.sum().item()
     return total / count
 
-def evaluate(model, tok, rows, run, draws, generator):
-    """Figures of the greedy answers to rows beside their gold responses, of `draws` samples each at temperature 1,
-    and, where rows have an "op", of each of these; and the greedy answers, as texts."""
+
+def evaluate(model, tok, rows, prompts, draws, max_new_tokens, run, generator):
+    """
+    (figures, responses): the greedy responses to prompts, and figures that compare them, and
+    `draws` samples at temperature 1 of each prompt, with the gold responses of the rows; where rows
+    have an "op", also for each of these.
+    """
     gold = [row['messages'][-1]['content'] for row in rows]
-    prompts = [render_chat(row['messages'][:-1], tok)[0] for row in rows]
     with run.autocast:
         greedy = answer(model, tok, prompts, max_new_tokens, temperature=0)
         sampled = answer(model, tok, prompts * draws, max_new_tokens, generator=generator)
-    mean, texts = lambda values: sum(values) / len(values), [text for text, _ in greedy]
-    right = [a == b for a, b in zip(texts, gold)]
-    figures = {'exact_match': exact_match(texts, gold),
-               'exact_match_sampled': exact_match([text for text, _ in sampled], gold * draws),
-               'token_f1': mean([*map(token_f1, texts, gold)]), 'rouge_l': mean([*map(rouge_l, texts, gold)]),
-               'ended': mean([ended for _, ended in greedy]), 'ended_sampled': mean([ended for _, ended in sampled])}
+    responses = [text for text, _ in greedy]
+    n = len(rows)
+    figures = {
+        'exact_match': exact_match(responses, gold),
+        'exact_match_sampled': exact_match([text for text, _ in sampled], gold * draws),
+        'token_f1': sum(map(token_f1, responses, gold)) / n,
+        'rouge_l': sum(map(rouge_l, responses, gold)) / n,
+        'ended': sum(ended for _, ended in greedy) / n,
+        'ended_sampled': sum(ended for _, ended in sampled) / len(sampled),
+    }
     for op in sorted({row['op'] for row in rows if 'op' in row}):
-        figures[f'exact_match/{op}'] = mean([r for r, row in zip(right, rows) if row['op'] == op])
-    return figures, texts
+        chosen = [i for i, row in enumerate(rows) if row.get('op') == op]
+        figures[f'exact_match/{op}'] = exact_match([responses[i] for i in chosen],
+                                                   [gold[i] for i in chosen])
+    return figures, responses
 
-if __name__ == "__main__":
-    config = configure(globals())
 
-    # 1. model, data, machine
-    checkpoint = resume(config, {'optimizer', 'dataset'})
+def make_checkpoint(step, model, optimizers, scaler, config, tok):
+    """What a run needs to resume, and what the next stage needs to start from it."""
+    return {'stage': 'sft', 'step': step, 'model': model.state_dict(),
+            'model_args': asdict(model.config), 'config': config,
+            'tokenizer': tok.to_dict(), 'eos_ids': tok.eos_ids,
+            'optimizer': [o.state_dict() for o in optimizers], 'scaler': scaler.state_dict()}
+
+
+if __name__ == '__main__':
+    # 1. settings; a resumed run continues with its own
+    config, overrides = configure(globals())
+    config, checkpoint = resume(config, overrides, fixed={'optimizer', 'dataset'})
     globals().update(config)
-    at_least_one(config, 'eval_interval', 'log_interval', 'batch_size', 'gradient_accumulation_steps',
-                 'curriculum_stages', 'test_draws', 'test_prompts', 'eval_prompts', 'max_new_tokens')
-    one_of(config, curriculum=('none', 'short_to_long'))
-    train_rows, val_rows = (load_examples(dataset, f'sft_{split}', 'sft') for split in ('train', 'val'))
-    test_rows = load_examples(dataset, test_split, 'sft', val_rows)[:test_prompts]
-    model, tok = load_chat_model(checkpoint or init_from, config)
-    train_examples, val_examples = (prepare_examples(rows, tok, model.config.block_size) for rows in (train_rows, val_rows))
+    source = init_from  # the run's first starting point: resume() has restored init_from
+    first_step = checkpoint.get('step', 0)
+    check_choice(config, 'curriculum', ('none', 'short_to_long'))
+
+    # 2. data and model
+    train_rows = load_examples(dataset, 'sft_train', 'sft')
+    val_rows = load_examples(dataset, 'sft_val', 'sft')
+    # The test prompts have gold responses, so they can be read as demonstrations.
+    test_rows = load_examples(dataset, test_split, 'sft', default=val_rows)[:test_prompts]
+    model, tok = load_chat_model(checkpoint or source, config)  # the checkpoint on resume
+    train_examples = prepare_examples(train_rows, tok, model.config.block_size)
+    val_examples = prepare_examples(val_rows, tok, model.config.block_size)
     by_length = sorted(range(len(train_examples)), key=lambda i: len(train_examples[i][0]))
-    first = checkpoint.get('step', 0)
-    sequences = gradient_accumulation_steps * batch_size  # a step's, over all ranks
-    n_tokens = sum(len(ids) for ids, _ in train_examples) / len(train_examples) * sequences
-    run = start_run(config, flops=model.flops_per_token(model.config.block_size) * n_tokens * max_iters)
+    eval_rows = val_rows[:eval_prompts]
+    val_prompts = encode_prompts([row['messages'][:-1] for row in eval_rows], tok,
+                                 model.config.block_size, max_new_tokens)
+
+    # 3. machine, optimizer, log
+    sequences = gradient_accumulation_steps * batch_size  # per step, over all ranks
+    mean_length = sum(len(ids) for ids, _ in train_examples) / len(train_examples)
+    tokens_per_step = mean_length * sequences
+    flops_per_token = model.flops_per_token(model.config.block_size)
+    run = start_run(config, flops=flops_per_token * tokens_per_step * max_iters)
     model.to(run.device)
     optimizers = model.optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), muon_lr)
-    for o, old in zip(optimizers, checkpoint.get('optimizer', [])):  # the moments, under this run's settings
-        o.load_state_dict({'state': old['state'], 'param_groups': o.state_dict()['param_groups']})
-    trained = parallel(model, run, dynamic=True, gradient_accumulation_steps=gradient_accumulation_steps)
-    logger = Logger(f'{out_dir}/eval' if eval_only else out_dir, config, checkpoint.get('step'), run.master)
+    restore_optimizers(optimizers, checkpoint)
+    if checkpoint.get('scaler'):
+        run.scaler.load_state_dict(checkpoint['scaler'])
+    check_divisible(run, 'gradient_accumulation_steps', gradient_accumulation_steps)
+    # The same model, compiled or averaging gradients over ranks, for the passes of training.
+    wrapped = parallel(model, run, dynamic=True)
+    log_dir = os.path.join(out_dir, 'eval') if eval_only else out_dir
+    logger = Logger(log_dir, config, checkpoint.get('step'), run.is_master)
+    if run.is_master:
+        tok.save(os.path.join(log_dir, 'tokenizer.json'))
     stop = StopSignal()
-    if run.master:
-        print(f'{model.n_params():,} parameters; {dataset}: {len(train_examples):,} + {len(val_examples):,} examples; '
-              f'{n_tokens:,.0f} tokens a step')
+    if run.is_master:
+        print(f'{model.n_params():,} parameters; {dataset}: {len(train_examples):,} + '
+              f'{len(val_examples):,} examples; {tokens_per_step:,.0f} tokens per step')
 
-    def snapshot(step):
-        return {'stage': 'sft', 'step': step, 'model': model.state_dict(), 'model_args': asdict(model.config),
-                'optimizer': [o.state_dict() for o in optimizers], 'config': config, 'tokenizer': tok.to_dict()}
+    began = time.perf_counter()
+    last_time = began
+    saved_step = first_step
+    # The last pass only saves and evaluates. For a resumed run past max_iters it is the only one.
+    for step in range(first_step, max(first_step, max_iters) + 1):
+        # 4. learning rate
+        for o in optimizers:
+            for group in o.param_groups:
+                group['lr'] = group['peak_lr'] * schedule_factor(step, config)
 
-    began, last_time, saved = time.time(), time.time(), first
-    for step in range(first, max(first, max_iters) + 1):
-        # 2. learning rate
-        lr = learning_rate_at(step, config)
-        for group in (g for o in optimizers for g in o.param_groups):
-            group['lr'] = lr * group['lr_scale']
-
-        # 3. save, evaluate, sample
+        # 5. save, evaluate, show a few responses
         stopping = stop.by_any_rank(run)
         done = stopping or step >= max_iters or eval_only
-        if (stopping or step > first and (done or step % eval_interval == 0)) and not eval_only:
-            saved = step
-            if run.master:
-                save_checkpoint(out_dir, snapshot(step), final=done)
+        is_due = step > first_step and (step >= max_iters or step % eval_interval == 0)
+        # Saved before the evaluation, so that a crash in it loses nothing.
+        if (stopping or is_due) and not eval_only:
+            saved_step = step
+            if run.is_master:
+                snapshot = make_checkpoint(step, model, optimizers, run.scaler, config, tok)
+                save_checkpoint(out_dir, snapshot, final=done)
         if done:
             break
-        if step % eval_interval == 0 and run.master:
-            model.eval()
-            figures, texts = evaluate(model, tok, val_rows[:eval_prompts], run, 1, rng(seed, step, device=run.device))
-            logger.log(step, {'response_loss': response_loss(model, val_examples[:1000], run), **figures})
-            for row, text in zip(val_rows[:4], texts):
-                prompt, gold = (message['content'] for message in row['messages'][-2:])
-                print(printable(f"    {prompt} -> {text}{'' if text == gold else f'   (gold: {gold})'}"), flush=True)
-            last_time = time.time()
+        if step % eval_interval == 0 and run.is_master:
+            figures, responses = evaluate(model, tok, eval_rows, val_prompts, 1, max_new_tokens,
+                                          run, generator_for(seed, 'evaluation', step,
+                                                             device=run.device))
+            loss = response_loss(model, val_examples[:1000], batch_size, run)
+            logger.log(step, {'response_loss': loss, **figures})
+            for row, response in zip(eval_rows[:4], responses):
+                prompt = row['messages'][-2]['content']
+                gold = row['messages'][-1]['content']
+                verdict = '' if response == gold else f'   (gold: {one_line(gold)})'
+                print(f'    {one_line(prompt)} -> {one_line(response)}{verdict}', flush=True)
+            last_time = time.perf_counter()
 
-        # 4. forward and backward, a micro-batch at a time
+        # 6. forward and backward, one micro-batch at a time
         model.train()
-        torch.manual_seed(seed_for(seed, step, run.rank))  # the dropout masks of this step
-        chosen = [train_examples[i] for i in batch_indices(by_length, step, config)]
-        total = sum(mask[1:].sum().item() for _, mask in chosen)  # tokens that count, over all ranks
-        micro_batches, loss = [chosen[i:i + batch_size] for i in range(0, sequences, batch_size)][run.rank::run.world], 0.0
-        for i, examples in enumerate(micro_batches):
-            x, y, mask = (t.to(run.device, non_blocking=True) for t in get_batch(examples))
-            if run.world > 1:  # the ranks exchange gradients once a step
-                trained.require_backward_grad_sync = i == len(micro_batches) - 1
+        torch.manual_seed(seed_for(seed, 'dropout', step, run.rank))
+        examples = [train_examples[i] for i in batch_indices(by_length, step, config)]
+        n_targets = sum(mask[1:].sum().item() for _, mask in examples)  # over all ranks
+        micro_batches = [examples[i:i + batch_size] for i in range(0, sequences, batch_size)]
+        micro_batches = micro_batches[run.rank::run.world_size]
+        loss = 0.0
+        for i, micro_batch in enumerate(micro_batches):
+            x, y, mask = [t.to(run.device, non_blocking=True) for t in get_batch(micro_batch)]
+            if run.world_size > 1:
+                # The ranks exchange gradients once per step, after the last micro-batch.
+                wrapped.require_backward_grad_sync = i == len(micro_batches) - 1
             with run.autocast:
-                logits, _ = trained(x, read=mask.nonzero(as_tuple=True))  # nobody asks what follows the others
-                micro_loss = masked_loss(logits, y, mask, total)
-                balance = moe_aux_weight * model.aux_loss() / len(micro_batches) / run.world
-            run.scaler.scale((micro_loss + balance) * run.world).backward()  # DDP takes the ranks' mean
+                # Logits are needed only where the mask is 1.
+                logits, _ = wrapped(x, read=mask.nonzero(as_tuple=True))
+                micro_loss = masked_loss(logits, y, mask, n_targets)
+            # DDP takes the mean over the ranks, but this loss is to be summed over them.
+            total = micro_loss * run.world_size
+            total = total + moe_aux_weight * model.aux_loss() / len(micro_batches)
+            run.scaler.scale(total).backward()
             loss += micro_loss.detach()
 
-        # 5. clip and step
+        # 7. clip and step
         for o in optimizers:
             run.scaler.unscale_(o)
+        skip_idle_experts(model)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        if not torch.isfinite(loss if run.scaler.is_enabled() else grad_norm):
-            raise diverged(step, out_dir, saved, loss=loss, grad_norm=grad_norm)
+        overflow = not torch.isfinite(grad_norm)
+        may_skip = run.scaler.is_enabled() and torch.isfinite(loss)  # float16 may overflow
+        if overflow and not may_skip:
+            raise divergence_error(step, out_dir, saved_step, loss=loss, grad_norm=grad_norm)
         for o in optimizers:
-            torch.isfinite(grad_norm) and run.scaler.step(o)  # float16: all step or none
+            if not overflow:  # otherwise the step is skipped by all optimizers
+                run.scaler.step(o)
             o.zero_grad(set_to_none=True)
         run.scaler.update()
 
-        # 6. log
+        # 8. log
+        now = time.perf_counter()
         if step % log_interval == 0:
-            loss = sum_over_ranks(loss).item()  # waits for the GPU, so it comes before the clock is read
-        now = time.time()
-        if step % log_interval == 0:
-            logger.log(step, {'loss': loss, 'lr': lr, 'grad_norm': grad_norm.item(), 'ms': 1000 * (now - last_time)})
+            metrics = {'loss': sum_over_ranks(loss).item(),
+                       'lr': optimizers[0].param_groups[0]['lr']}
+            if len(optimizers) > 1:
+                metrics['muon_lr'] = optimizers[1].param_groups[0]['lr']
+            if overflow:
+                metrics['skipped'] = 1
+            else:
+                metrics['grad_norm'] = grad_norm.item()
+            metrics['ms'] = 1000 * (now - last_time)
+            logger.log(step, metrics)
         last_time = now
 
-    # 7. the end
-    stop.leave(run, stopping, step, out_dir)  # the other ranks end here
-    seconds = time.time() - began
-    figures, _ = evaluate(model.eval(), tok, test_rows, run, test_draws, rng(seed, max_iters, device=run.device))
-    figures['response_loss'] = response_loss(model, val_examples, run)
-    print(*(f'    {name:24} {value:8.4f}' for name, value in figures.items()), sep='\n')
-    logger.final({**figures, 'seconds': seconds, 'peak_memory_mb': peak_memory_mb(run.type), 'steps': step,
-                  'parameters': model.n_params()})
+    # 9. the end: the figures of the test prompts, and the loss of all validation responses
+    stop.end_training(run, stopping, step, out_dir)  # other ranks, and a stopped run, exit here
+    seconds = time.perf_counter() - began
+    test_prompt_ids = encode_prompts([row['messages'][:-1] for row in test_rows], tok,
+                                     model.config.block_size, max_new_tokens)
+    figures, _ = evaluate(model, tok, test_rows, test_prompt_ids, test_draws, max_new_tokens, run,
+                          generator_for(seed, 'test', device=run.device))
+    figures['response_loss'] = response_loss(model, val_examples, batch_size, run)
+    for name, value in figures.items():
+        print(f'    {name:24} {value:8.4f}')
+    logger.final({**figures, 'seconds': seconds, 'peak_memory_mb': peak_memory_mb(run.device_type),
+                  'steps': step, 'parameters': model.n_params()})
+    draw_curves([log_dir], os.path.join(log_dir, 'curves.png'))

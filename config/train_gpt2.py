@@ -1,8 +1,10 @@
-# GPT-2 (124M) from scratch on OpenWebText, as nanoGPT trains it, to a validation loss of about 2.85 nats a token.
-# On one node of eight A100 (40 GB), about four days (nanoGPT's figures; we have no such node, and tested the data
-# path, the bfloat16 and the ranks at smaller sizes on CPUs):
-# python data/openwebtext/prepare.py
-# torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py --wandb_log=True
+# GPT-2 (124M) from scratch on OpenWebText, as nanoGPT trains it:
+#
+#     python data/openwebtext/prepare.py
+#     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py --wandb_log=True
+#
+# nanoGPT reports a validation loss of about 2.85 nats per token after about four days on eight A100
+# (40 GB). We have no such machine: data, bfloat16 and ranks were tested at smaller sizes on CPUs.
 
 out_dir = 'out/gpt2'
 eval_interval = 1000
@@ -13,7 +15,7 @@ wandb_run_name = 'gpt2-124M'
 
 dataset = 'openwebtext'
 tokenizer = 'gpt2'
-# 12 sequences a micro-batch * 1024 tokens * 40 micro-batches, over all ranks, make 491,520 tokens a step
+# 12 sequences of 1,024 tokens * 40 micro-batches, over all ranks, make 491,520 tokens per step
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8
@@ -35,7 +37,7 @@ weight_decay = 1e-1
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0
-max_iters = 600000  # 300 B tokens
+max_iters = 600000                # 300 billion tokens
 lr_schedule = 'cosine'
 warmup_iters = 2000
 lr_decay_iters = 600000

@@ -1,184 +1,434 @@
 """
-Datasets on disk, written and read in one place. Tokens: train.bin and val.bin, beside the tokenizer.json that made
-them and a meta.json that says what they hold. Examples for post-training: JSON Lines, a checked object a line.
+Tokens on disk: written, read, validated, and prepared if they are missing.
+
+A dataset is a folder with four files (data/README.md describes them in detail):
+
+    train.bin, val.bin    token ids, one after another, as little-endian uint16 or uint32
+    tokenizer.json        the tokenizer that made these ids
+    meta.json             the tokenizer's name and fingerprint, the dtype, the number of tokens
+
+The datasets of this project are the folders of data/. Each contains the script prepare.py, which
+makes its files. Code is run only from these folders, and only if a dataset is selected by its plain
+name: nothing is run from a folder that is given by a path.
 """
-import codecs, fcntl, glob, hashlib, importlib.util, json, math, os, subprocess, sys
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import unicodedata
 from contextlib import ExitStack
 from urllib.request import urlopen
-import numpy as np
-import torch
-from bpe import NAMED, SPECIAL, Tokenizer, check_texts, get_tokenizer, render_chat
-from configurator import replacing, rng
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+import numpy as np
+from filelock import FileLock
+
+from bpe import NAMED_TOKENIZERS, Tokenizer, get_tokenizer
+from configurator import write_atomically
+
+DATA_FOLDER = os.path.dirname(os.path.abspath(__file__))
+
+# The names that tokenizers give to the token that ends a document: GPT-2, Qwen, SmolLM and ours;
+# Llama 3; Llama 2 and Mistral; Gemma. Not the end of a chat message, such as <|im_end|>.
+END_OF_DOCUMENT = ('<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>')
+
+# Text is encoded in pieces of at most this many characters, so that its size does not matter.
+MAX_PIECE = 1_000_000
+
+# ----- Download and write
+
 
 def download(url, sha256=''):
-    """The bytes behind a public address. OSError, naming it and the way out, where it cannot be reached;
-    ValueError where what is there is not what it was."""
+    """
+    Return the bytes behind a public address.
+
+    OSError if it cannot be reached; the message names the address, and --input=FILE instead.
+    ValueError if the content does not have the expected sha256 ('' = any content).
+    """
     try:
         data = urlopen(url, timeout=60).read()
     except OSError as error:
-        raise OSError(f'{url} could not be downloaded ({error}); give a local copy by --input=FILE') from error
-    got = hashlib.sha256(data).hexdigest()
-    if sha256 not in ('', got):
-        raise ValueError(f'{url} is not what it was: its sha256 is {got}, expected {sha256}')
+        message = f'{url} could not be downloaded ({error}); give a local copy by --input=FILE'
+        raise OSError(message) from error
+    actual = hashlib.sha256(data).hexdigest()
+    if sha256 and actual != sha256:
+        raise ValueError(f'{url} has changed: its sha256 is {actual}, expected {sha256}')
     return data
+
+
+def find_cut(text):
+    """
+    The last position where a text can be cut without changing its token ids.
+
+    Every word pattern of ours ends a word after a run of letters or digits, and none looks back.
+    So a text can be cut after a letter or digit that is followed by white space or punctuation:
+    the two parts, encoded separately, give the ids of the whole. Unicode normalisation (NFC) does
+    not join such characters either. If there is no such position, the text is cut at its end, where
+    the ids may differ from those of the whole.
+
+    >>> find_cut('Hello, wor')    # before the comma; whether "wor" is a whole word is not known yet
+    5
+    """
+    # from the end backwards: usually only a few steps
+    for i in range(len(text) - 1, 0, -1):
+        following = text[i]
+        is_end_of_word = following.isspace() or unicodedata.category(following).startswith('P')
+        if is_end_of_word and text[i - 1].isalnum():
+            return i
+    return len(text)
+
+
+def split_document(document):
+    """
+    Yield the text of a document in pieces of at most MAX_PIECE characters, each ending at find_cut.
+
+    document: a text, or an iterable of texts that are its parts, in order.
+    """
+    parts = document
+    if isinstance(document, str):
+        parts = [document]
+    # waiting: what follows the last cut
+    waiting = ''
+    for part in parts:
+        # A part may be long itself. It is added step by step, so that `waiting` stays short.
+        for start in range(0, len(part), MAX_PIECE):
+            waiting += part[start:start + MAX_PIECE]
+            while len(waiting) > MAX_PIECE:
+                cut = find_cut(waiting[:MAX_PIECE])
+                yield waiting[:cut]
+                waiting = waiting[cut:]
+    yield waiting
+
+
+def find_end_of_document(tokenizer):
+    """The id of the token that ends a document, or None if the tokenizer has none."""
+    for name in END_OF_DOCUMENT:
+        if name in tokenizer.special:
+            return tokenizer.special[name]
+    return None
+
+
+def write_tokens(file, tokenizer, documents, dtype):
+    """
+    Write the ids of the documents to a binary file, each document followed by the end of document.
+
+    Returns (number of tokens, number of bytes of the text in UTF-8). The end of a document counts
+    as a token; it has no bytes.
+    """
+    end = find_end_of_document(tokenizer)
+    n_tokens = 0
+    n_bytes = 0
+    for document in documents:
+        for piece in split_document(document):
+            ids = np.array(tokenizer.encode(piece), dtype)
+            file.write(ids.tobytes())
+            n_tokens += len(ids)
+            n_bytes += len(piece.encode())
+        if end is not None:
+            file.write(np.array([end], dtype).tobytes())
+            n_tokens += 1
+    return n_tokens, n_bytes
+
 
 def write_dataset(folder, tokenizer, train, val, **about):
     """
-    Encode two iterables of documents, each followed by <|endoftext|> if the tokenizer has it, to train.bin
-    and val.bin, beside tokenizer.json and, last, meta.json with the counts and **about: the settings, by which
-    it can be prepared again. A running job keeps the old files it has open. Bytes are counted of the text in
-    UTF-8: <|endoftext|> has none.
+    Encode two iterables of documents; write train.bin, val.bin, tokenizer.json and meta.json.
+
+    A document is a text or, if it is too large for memory, an iterable of texts: its parts, in
+    order. Each document is followed by the tokenizer's end of document. `about` is stored in
+    meta.json; its entry `settings` makes it possible to prepare the dataset again in the same way.
+
+    The old files stay in place until the new ones are complete, and a running job keeps the old
+    files that it has open. ValueError if a split contains no text.
     """
     os.makedirs(folder, exist_ok=True)
-    dtype = np.dtype('<u2' if tokenizer.vocab_size <= 65536 else '<u4')
-    end = [tokenizer.special[name] for name in SPECIAL[:1] if name in tokenizer.special]
-    meta = {'tokenizer': {'name': tokenizer.name, 'fingerprint': tokenizer.fingerprint,
-                          'vocab_size': tokenizer.vocab_size}, 'dtype': dtype.name}
-    with ExitStack() as stack:  # neither file gets its name before both are whole
-        for split, documents in (('train', train), ('val', val)):
-            file = stack.enter_context(replacing(os.path.join(folder, f'{split}.bin')))
-            n_tokens = n_bytes = 0
-            for document in documents:
-                ids = tokenizer.encode(document) + end
-                file.write(np.array(ids, dtype).tobytes())
-                n_tokens, n_bytes = n_tokens + len(ids), n_bytes + len(document.encode())
-            if not n_bytes:
-                raise ValueError(f'{folder}: there is no text for {split}.bin')
-            meta |= {f'{split}_tokens': n_tokens, f'{split}_bytes': n_bytes}
-    tokenizer.save(os.path.join(folder, 'tokenizer.json'))
-    with replacing(os.path.join(folder, 'meta.json')) as file:
-        file.write(json.dumps(meta | about, indent=1).encode())
-    print(folder, *(f'{key} {meta[key]:,}' for key in meta if key.endswith(('tokens', 'bytes'))), flush=True)
+    # Two bytes per token as long as every id fits into them.
+    dtype = np.dtype('<u2')
+    if tokenizer.vocab_size > 65536:
+        dtype = np.dtype('<u4')
+    meta = {
+        'tokenizer': {
+            'name': tokenizer.name,
+            'fingerprint': tokenizer.fingerprint,
+            'vocab_size': tokenizer.vocab_size,
+        },
+        'dtype': dtype.name,
+    }
+    if find_end_of_document(tokenizer) is None:
+        names = ', '.join(END_OF_DOCUMENT)
+        print(f'the tokenizer has none of {names}: documents are not separated', flush=True)
 
-def prepare_unless(ready, dataset, settings=dict):
-    """Run data/<dataset>/prepare.py, if there is one, with the settings() for it, unless ready() says that it need not
-    be. One process prepares; other ranks and runs wait for it."""
-    script = os.path.join(HERE, dataset, 'prepare.py')
-    if not os.path.exists(script):
+    # 1. The token files. ExitStack gives both their names only after both are complete.
+    with ExitStack() as stack:
+        for split, documents in (('train', train), ('val', val)):
+            path = os.path.join(folder, f'{split}.bin')
+            file = stack.enter_context(write_atomically(path))
+            n_tokens, n_bytes = write_tokens(file, tokenizer, documents, dtype)
+            if n_bytes == 0:
+                raise ValueError(f'{folder}: there is no text for {split}.bin')
+            meta[f'{split}_tokens'] = n_tokens
+            meta[f'{split}_bytes'] = n_bytes
+
+    # 2. The tokenizer. 3. meta.json comes last: if it exists, the other files are complete.
+    tokenizer.save(os.path.join(folder, 'tokenizer.json'))
+    meta.update(about)
+    with write_atomically(os.path.join(folder, 'meta.json')) as file:
+        file.write(json.dumps(meta, indent=1).encode())
+
+    counts = [f'{key} {meta[key]:,}' for key in meta if key.endswith(('tokens', 'bytes'))]
+    print(folder, *counts, flush=True)
+
+
+# ----- Prepare if missing
+
+
+def is_project_dataset(dataset):
+    """
+    Whether a dataset is named by a plain folder name of data/, and not by a path.
+
+    >>> is_project_dataset('wordplay')
+    True
+    >>> is_project_dataset('../out/wordplay')
+    False
+    """
+    if dataset in ('', '.', '..'):
+        return False
+    return not any(character in dataset for character in '/\\:')
+
+
+def dataset_folder(dataset):
+    """The folder of a dataset: data/<name> for a plain name, otherwise the path itself."""
+    if dataset == '':
+        raise ValueError('dataset must be the name of a folder of data/, or the path of a folder')
+    if is_project_dataset(dataset):
+        return os.path.join(DATA_FOLDER, dataset)
+    return os.path.expanduser(dataset)
+
+
+def project_datasets():
+    """The names of the folders of data/ that contain a prepare.py, sorted."""
+    names = []
+    for name in sorted(os.listdir(DATA_FOLDER)):
+        if os.path.exists(os.path.join(DATA_FOLDER, name, 'prepare.py')):
+            names.append(name)
+    return names
+
+
+def prepare_if_missing(dataset, is_ready, settings=None):
+    """
+    Run data/<dataset>/prepare.py with these settings, unless is_ready() returns True.
+
+    Nothing happens if the dataset is given by a path, or has no prepare.py. Only one process
+    prepares a dataset; all others wait until it has finished. ValueError if the script fails.
+    """
+    folder = dataset_folder(dataset)
+    script = os.path.join(folder, 'prepare.py')
+    if not is_project_dataset(dataset) or not os.path.exists(script):
         return
-    with open(script, 'rb') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # files that are there may still be written to
-        if not ready():
-            asked = [f'--{key}={value}' for key, value in settings().items()]
-            print(f'preparing data/{dataset}', *asked, flush=True)
-            if subprocess.run([sys.executable, script, *asked]).returncode:
-                raise ValueError(f'data/{dataset} could not be prepared, for the reason above')
+    if not os.access(folder, os.W_OK):
+        # A read-only folder: this process cannot prepare it, and no other is preparing it.
+        return
+    with FileLock(os.path.join(folder, 'prepare.lock')):
+        # Only now, because before another process may have been writing the files.
+        if is_ready():
+            return
+        arguments = [f'--{key}={value}' for key, value in (settings or {}).items()]
+        print(f'preparing data/{dataset}', *arguments, flush=True)
+        result = subprocess.run([sys.executable, script, *arguments])
+        if result.returncode != 0:
+            raise ValueError(f'data/{dataset} could not be prepared, for the reason above')
+
+
+# ----- Read and validate
+
+
+def is_count(value):
+    # bool is a subclass of int, so isinstance would accept true
+    return type(value) is int and value >= 0
+
+
+def is_text(value):
+    return isinstance(value, str)
+
+
+def is_setting(value):
+    return isinstance(value, (str, int, float))
+
+
+def check_meta(meta, path):
+    """ValueError, naming file and field, unless meta.json has all that write_dataset writes."""
+    if not isinstance(meta, dict):
+        raise ValueError(f'{path} is damaged: it must contain a JSON object; '
+                         'prepare the dataset again')
+
+    # 1. The fields of the file, and of its object `tokenizer`.
+    fields = {
+        'train_tokens': (is_count, 'a whole number, at least 0'),
+        'val_tokens': (is_count, 'a whole number, at least 0'),
+        'train_bytes': (is_count, 'a whole number, at least 0'),
+        'val_bytes': (is_count, 'a whole number, at least 0'),
+    }
+    tokenizer_fields = {
+        'name': (is_text, 'text'),
+        'fingerprint': (is_text, 'text'),
+        'vocab_size': (is_count, 'a whole number, at least 0'),
+    }
+    check_fields(meta, fields, path, '')
+    if not isinstance(meta.get('tokenizer'), dict):
+        raise ValueError(f'{path}: tokenizer must be an object; prepare the dataset again')
+    check_fields(meta['tokenizer'], tokenizer_fields, path, 'tokenizer.')
+
+    # 2. The dtype. Others would read wrong ids, or even interpret the file as pointers.
+    if meta.get('dtype') not in ('uint16', 'uint32'):
+        raise ValueError(f"{path}: dtype must be 'uint16' or 'uint32'; got {meta.get('dtype')!r}")
+
+    # 3. The settings of prepare.py, which may be missing.
+    settings = meta.get('settings', {})
+    if not isinstance(settings, dict):
+        raise ValueError(f'{path}: settings must be an object; prepare the dataset again')
+    for key, value in settings.items():
+        if not is_setting(value):
+            raise ValueError(f'{path}: settings.{key} must be text, a number or true or false; '
+                             f'got {value!r}')
+
+
+def check_fields(actual, fields, path, prefix):
+    """ValueError unless each of the fields, {name: (test, what it must be)}, passes its test."""
+    for name, (test, description) in fields.items():
+        if name not in actual:
+            raise ValueError(f'{path}: the field {prefix}{name} is missing; '
+                             'prepare the dataset again')
+        if not test(actual[name]):
+            raise ValueError(f'{path}: {prefix}{name} must be {description}; got {actual[name]!r}')
+
+
+def read_meta(folder):
+    """The validated content of folder/meta.json; None if there is no such file."""
+    path = os.path.join(folder, 'meta.json')
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path, encoding='utf-8') as file:
+            meta = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{path} is damaged ({error}); prepare the dataset again') from error
+    check_meta(meta, path)
+    return meta
+
+
+def refuse_nanogpt_folder(dataset):
+    """
+    ValueError if the folder contains nanoGPT's token files, without meta.json and tokenizer.json.
+
+    Without this check, preparing the dataset would replace them. meta.pkl is never read: loading a
+    pickle can run any code.
+    """
+    folder = dataset_folder(dataset)
+    names = ('train.bin', 'val.bin', 'meta.json', 'tokenizer.json')
+    exists = {name: os.path.exists(os.path.join(folder, name)) for name in names}
+    has_tokens = exists['train.bin'] and exists['val.bin']
+    if not has_tokens or exists['meta.json'] or exists['tokenizer.json']:
+        return
+    # How to make all four files: by the dataset's own script, or from the user's text.
+    command = f'python data/text/prepare.py --input=TEXT --tokenizer=gpt2 --out={folder}'
+    script = os.path.join(folder, 'prepare.py')
+    if is_project_dataset(dataset) and os.path.exists(script):
+        command = f'python {script}'
+    raise ValueError(f'{folder} has train.bin and val.bin, as made by nanoGPT, but no meta.json '
+                     'and no tokenizer.json, so the tokenizer of its tokens is not known (meta.pkl '
+                     f'is never read). Make all four files from the text: {command}')
+
+
+def has_fields(actual, wanted):
+    """Whether the dict `actual` contains every key of `wanted`, with the same value."""
+    return all(key in actual and actual[key] == wanted[key] for key in wanted)
+
 
 def load_dataset(dataset, block_size, tokenizer='', vocab_size=0):
     """
-    (train tokens, val tokens, meta, Tokenizer) of data/<dataset>, the tokens as memory maps. It is prepared first
-    if it is not there, or if it holds other tokens than the name and size of a tokenizer ask for ('' and 0 ask
-    for nothing; a tokenizer.json that is named must be the same as then). It is prepared again by the settings that
-    it was prepared by. ValueError, naming file and field, where its files disagree or are shorter than a block.
+    Load data/<dataset>: returns (train tokens, val tokens, meta, Tokenizer), tokens as memory maps.
+
+    tokenizer, vocab_size: the name (or path) and the size of the tokenizer that the tokens must
+    come from; '' and 0 accept any. A dataset of this project is prepared first if it is missing, or
+    if its tokens come from another tokenizer. It is then prepared with the settings of the last
+    time, except for these two.
+
+    ValueError, which names the file and the field, if files are missing, disagree with each other,
+    or contain less than one block of block_size + 1 tokens.
     """
-    folder = os.path.join(HERE, dataset)
-    script, meta_file = os.path.join(folder, 'prepare.py'), os.path.join(folder, 'meta.json')
-    asked = {key: value for key, value in (('tokenizer', tokenizer), ('vocab_size', vocab_size)) if value}
-    wanted = {'name' if key == 'tokenizer' else key: value for key, value in asked.items()}
-    if tokenizer and tokenizer not in NAMED:
+    folder = dataset_folder(dataset)
+    meta_path = os.path.join(folder, 'meta.json')
+
+    # 1. What the caller asks for: as settings of prepare.py, and as fields of meta['tokenizer'].
+    new_settings = {}
+    wanted = {}
+    if tokenizer:
+        new_settings['tokenizer'] = tokenizer
+        wanted['name'] = tokenizer
+    if tokenizer and tokenizer not in NAMED_TOKENIZERS:
+        # The file may have changed since the dataset was prepared, so its path is not enough.
         wanted['fingerprint'] = get_tokenizer(tokenizer).fingerprint
+    if vocab_size:
+        new_settings['vocab_size'] = vocab_size
+        wanted['vocab_size'] = vocab_size
 
-    def read_meta():
-        """(meta.json, whether it is there and of the tokenizer wanted)."""
-        if not os.path.exists(meta_file):
-            return {}, False
-        with open(meta_file, encoding='utf-8') as file:
-            try:
-                meta = json.load(file)
-                return meta, wanted.items() <= meta['tokenizer'].items()
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise ValueError(f'{meta_file} is damaged ({error!r}); prepare the dataset again') from error
+    def is_ready():
+        meta = read_meta(folder)
+        return meta is not None and has_fields(meta['tokenizer'], wanted)
 
-    prepare_unless(lambda: read_meta()[1], dataset, lambda: {**read_meta()[0].get('settings', {}), **asked})
-    meta, ready = read_meta()
-    if not meta:
-        there = sorted(name for name in os.listdir(HERE) if os.path.exists(os.path.join(HERE, name, 'prepare.py')))
-        raise ValueError(f'{folder}: no such dataset; there are {", ".join(there)}, and data/text takes any files')
-    if not ready:
-        has = {key: meta['tokenizer'].get(key) for key in wanted}
-        raise ValueError(f'{meta_file}: the tokenizer has {has}, and {wanted} was asked for')
-    tokens = []
-    for split in ('train', 'val'):
-        path = os.path.join(folder, f'{split}.bin')
-        count, rest = divmod(os.path.getsize(path), np.dtype(meta['dtype']).itemsize)
-        if rest or count != meta[f'{split}_tokens']:
-            raise ValueError(f"{path} holds {count:,} tokens of {meta['dtype']}, but meta.json says {split}_tokens "
-                             f"{meta[f'{split}_tokens']:,}; run {script} again")
-        if count <= block_size:
-            raise ValueError(f'{path} holds {count:,} tokens, but block_size {block_size} needs {block_size + 1:,}: '
-                             'give more text, or lower block_size')
-        tokens.append(np.memmap(path, meta['dtype'], mode='r'))
+    # 2. Case: the files are nanoGPT's. They are not replaced.
+    refuse_nanogpt_folder(dataset)
+
+    # 3. Case: it is missing, or its tokens come from another tokenizer. Prepare it.
+    settings = {}
+    meta = read_meta(folder)
+    if meta is not None:
+        settings.update(meta.get('settings', {}))
+    settings.update(new_settings)
+    prepare_if_missing(dataset, is_ready, settings)
+
+    # 4. Case: it is still missing.
+    meta = read_meta(folder)
+    if meta is None:
+        names = ', '.join(project_datasets())
+        raise ValueError(f'{folder}: no such dataset (there is no meta.json); choose one of '
+                         f'{names}; data/text takes your own files')
+
+    # 5. Case: it exists, but with another tokenizer.
+    if not has_fields(meta['tokenizer'], wanted):
+        actual = {key: meta['tokenizer'].get(key) for key in wanted}
+        raise ValueError(f'{meta_path}: the tokenizer has {actual}, but {wanted} was requested')
+
+    # 6. Case: it is ready. Check that the files agree with each other.
+    train_tokens = load_tokens(folder, 'train', meta, block_size)
+    val_tokens = load_tokens(folder, 'val', meta, block_size)
     tok = Tokenizer.load(os.path.join(folder, 'tokenizer.json'))
     if tok.fingerprint != meta['tokenizer']['fingerprint']:
-        raise ValueError(f'{folder}: tokenizer.json is not the one whose fingerprint meta.json has; run {script} again')
-    return *tokens, meta, tok
+        raise ValueError(f'{folder}: tokenizer.json does not have the fingerprint that meta.json '
+                         'has; prepare the dataset again')
+    if tok.vocab_size != meta['tokenizer']['vocab_size']:
+        expected = meta['tokenizer']['vocab_size']
+        raise ValueError(f'{folder}: tokenizer.json has {tok.vocab_size:,} tokens, but meta.json '
+                         f'has tokenizer.vocab_size {expected:,}')
+    return train_tokens, val_tokens, meta, tok
 
-def load_examples(dataset, split, kind, default=None):
-    """The examples, see read_jsonl, of data/<dataset>/<split>.jsonl. A data set of which no file is there is prepared first;
-    one that is there stays as it is, for it may be of somebody's own. Where there is no such file, the default, or a
-    ValueError if none is given."""
-    path, script, files = (os.path.join(HERE, dataset, name) for name in (f'{split}.jsonl', 'prepare.py', '*.jsonl'))
-    if default is None:
-        prepare_unless(lambda: glob.glob(files), dataset)
-    elif not os.path.exists(path):
-        return default
-    if not os.path.exists(path):
-        raise ValueError(f'{path}: no such file' + f'; {script} did not make it, or was stopped before' * os.path.exists(script))
-    return read_jsonl(path, kind)
 
-def endless_order(n, first, count, *seed):
-    """`count` indices from position `first` on of an endless sequence of permutations of 0..n-1, one after another: a
-    pure function of the seed, so that a resumed run goes on where it stopped."""
-    indices = []
-    for epoch in range(first // n, (first + count - 1) // n + 1):
-        order = torch.randperm(n, generator=rng(*seed, epoch))
-        indices += order[max(0, first - epoch * n):first + count - epoch * n].tolist()
-    return indices
-
-def grouped_order(n, step, count, groups, *seed):
-    """The `count` indices of a step, of examples that are numbered by length: those of `groups` steps are drawn together,
-    as endless_order has them, and dealt in the order of length. So a step's are alike, and padded little."""
-    drawn = endless_order(n, step // groups * groups * count, groups * count, *seed)
-    return sorted(drawn)[step % groups * count:][:count]
-
-def load_gold(dataset):
-    """The function gold(prompt, response) -> (exact, graded) of data/<dataset>/prepare.py; None if it has none."""
-    script = os.path.join(HERE, dataset, 'prepare.py')
-    if not os.path.exists(script):
-        return None
-    spec = importlib.util.spec_from_file_location(f'prepare_{os.path.basename(dataset)}', script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, 'gold', None)
-
-def read_jsonl(path, kind):
+def load_tokens(folder, split, meta, block_size):
     """
-    The examples of a JSON Lines file, each with all its keys. kind 'sft': prompt and response, or Alpaca's
-    instruction, input and output, or messages; each gets messages. 'preference': prompt, chosen, rejected,
-    perhaps a margin. 'prompt': prompt. If any line is bad, a ValueError counts all and shows the first five.
+    The ids of folder/<split>.bin as a memory map.
+
+    ValueError if their number is not that of meta.json, or is below block_size + 1: a block and the
+    token that follows it.
     """
-    needed = {'sft': (), 'preference': ('prompt', 'chosen', 'rejected'), 'prompt': ('prompt',)}[kind]
-    rows, bad, byte = [], [], Tokenizer.byte()
-    with open(path, 'rb') as file:
-        lines = enumerate(file.read().removeprefix(codecs.BOM_UTF8).splitlines(), 1)
-    for number, line in ((number, line) for number, line in lines if line.strip()):
-        try:
-            row = json.loads(line.decode())
-            check_texts(row, *needed)
-            if not math.isfinite(row.get('margin', 0)):
-                raise ValueError(f"margin {row['margin']} is not a number")
-            if kind == 'sft' and 'messages' not in row:
-                keys = ('instruction', 'output') if 'instruction' in row else ('prompt', 'response')
-                prompt, response, more = check_texts({'input': ''} | row, *keys, 'input')
-                row['messages'] = [{'role': 'user', 'content': f'{prompt}\n\n{more}' if more else prompt},
-                                   {'role': 'assistant', 'content': response}]
-            if kind == 'sft' and not render_chat(row['messages'], byte)[1][-1]:
-                raise ValueError('the last message must be of the assistant')
-            rows.append(row)
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            bad.append(f'{path}:{number}: {error}')
-    if bad or not rows:
-        raise ValueError(f'{len(bad)} bad lines: {"; ".join(bad[:5])}' if bad else f'{path}: no examples')
-    return rows
+    path = os.path.join(folder, f'{split}.bin')
+    # The files are little-endian on every machine.
+    dtype = np.dtype(meta['dtype']).newbyteorder('<')
+    count, remaining_bytes = divmod(os.path.getsize(path), dtype.itemsize)
+    expected = meta[f'{split}_tokens']
+    if remaining_bytes or count != expected:
+        raise ValueError(f"{path} holds {count:,} tokens of {meta['dtype']}, but meta.json has "
+                         f'{split}_tokens {expected:,}; prepare the dataset again')
+    if count <= block_size:
+        raise ValueError(f'{path} holds {count:,} tokens, but block_size {block_size} needs '
+                         f'{block_size + 1:,}: add text, or lower block_size')
+    return np.memmap(path, dtype, mode='r')

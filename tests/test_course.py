@@ -1,4 +1,7 @@
-"""The course of README: its forty items are all there, and the code, tests and commands that it names exist."""
+"""
+The READMEs in config/ and tests/ and the headers of the config files are correct: the code, files,
+scripts, settings and metrics that they name exist. Their sources are parsed, no command is run.
+"""
 import ast
 import functools
 import os
@@ -7,107 +10,329 @@ import shlex
 
 import pytest
 
-from configurator import read_settings, run_config_file
+from configurator import check_setting, parse_value, read_settings, run_config_file
 from conftest import ROOT
 
-ITEMS = [f'{part}.{i}' for part, n in enumerate((7, 6, 6, 5, 3, 4, 4, 5), 1) for i in range(1, n + 1)]
-COURSE = open(os.path.join(ROOT, 'README.md'), encoding='utf-8').read().partition('\n## The course\n')[2].partition('\n## ')[0]
-ROWS = [[cell.strip() for cell in line.strip('|').replace(r'\|', '/').split('|')]
-        for line in COURSE.splitlines() if re.match(r'\| \d', line)]
-COMMANDS = [code for row in ROWS for code in re.findall('`(.+?)`', row[4])]
+COURSE = 'config/course/README.md'
+WORDPLAY = 'config/wordplay/README.md'
+READMES = [COURSE, WORDPLAY, 'tests/README.md']
+
+# The number of items in each of the eight parts of the course.
+ITEMS_PER_PART = (7, 6, 6, 5, 3, 4, 4, 5)
+
+# Stands for a file of the reader's own in the header of config/nanogpt.py.
+PLACEHOLDER = 'THEIR_CONFIG.py'
+
+
+# -----------------------------------------------------------------------------
+# Read the texts
+
+
+def read(path):
+    with open(os.path.join(ROOT, path), encoding='utf-8') as f:
+        return f.read()
+
+
+def exists(path):
+    return os.path.isfile(os.path.join(ROOT, path))
+
+
+def table_rows(text, first_cell):
+    """The cells of each table row whose first cell matches a regular expression."""
+    rows = []
+    for line in text.splitlines():
+        if line.startswith('|'):
+            cells = [cell.strip() for cell in line.strip('|').split('|')]
+            if re.match(first_cell, cells[0]):
+                rows.append(cells)
+    return rows
+
+
+def in_backticks(text):
+    return re.findall('`(.+?)`', text)
+
+
+def commands_in(text):
+    """The commands in lines of shell: those that start with python or torchrun."""
+    text = text.replace('\\\n', ' ')                           # a continued line
+    return re.findall(r'\b(?:python|torchrun) [^;`#\n]+', text)
+
+
+def indented_lines(text):
+    """The lines of Markdown's indented code blocks."""
+    return ''.join(re.findall('(?m)^    .*\n', text))
+
+
+def header(path):
+    """The comment at the top of a config file, without its comment signs."""
+    comment = re.match('(?:#.*\n)+', read(path)).group()
+    return re.sub('(?m)^# ?', '', comment)
+
+
+def config_files():
+    paths = []
+    for folder, _, names in os.walk(os.path.join(ROOT, 'config')):
+        for name in names:
+            if name.endswith('.py'):
+                paths.append(os.path.relpath(os.path.join(folder, name), ROOT))
+    return sorted(paths)
+
+
+EXPERIMENTS = [path for path in config_files() if path.count('/') == 2]
+COURSE_ROWS = table_rows(read(COURSE), r'\d\.\d')
+
+
+# -----------------------------------------------------------------------------
+# Look names up in the sources
 
 
 @functools.cache
 def tree(path):
-    with open(os.path.join(ROOT, path), encoding='utf-8') as f:
-        return ast.parse(f.read())
+    return ast.parse(read(path))
 
 
-def defined(node, names):
-    """Whether names, of a class and its method say, are defined in a module or class, one in the other."""
+def names_of(node):
+    """The names that a statement defines: a class, a function, or assigned variables."""
+    names = [target.id for target in getattr(node, 'targets', []) if isinstance(target, ast.Name)]
+    if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+        names.append(node.name)
+    return names
+
+
+def is_defined(node, names):
+    """Whether a module defines names[0], this class defines names[1], and so on."""
     for child in node.body:
-        here = {t.id for t in getattr(child, 'targets', ()) if isinstance(t, ast.Name)} | {getattr(child, 'name', None)}
-        if names[0] in here:
-            return len(names) == 1 or defined(child, names[1:])
+        if names[0] in names_of(child):
+            return len(names) == 1 or is_defined(child, names[1:])
     return False
 
 
-def settings(script):
-    """{name: value} of the settings of a script, as they stand in its source."""
+def code_exists(code):
+    """Whether a dotted name, such as model.GPT.forward or data.examples.load_examples, exists."""
+    parts = code.split('.')
+    for i in range(1, len(parts)):
+        # The first parts are a module, which may lie in a folder.
+        path = '/'.join(parts[:i]) + '.py'
+        if exists(path):
+            return is_defined(tree(path), parts[i:])
+    return False
+
+
+@functools.cache
+def defaults_of(script):
+    """{name: default} of a script's settings, from its source."""
     names = read_settings(os.path.join(ROOT, script))
-    return {n.targets[0].id: ast.literal_eval(n.value) for n in ast.walk(tree(script)) if isinstance(n, ast.Assign)
-            and isinstance(n.targets[0], ast.Name) and n.targets[0].id in names and isinstance(n.value, ast.Constant)}
+    defaults = {}
+    for node in ast.walk(tree(script)):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            if name in names and name not in defaults:
+                defaults[name] = ast.literal_eval(node.value)
+    return defaults
 
 
-def check_command(words):
-    """ValueError or AssertionError for a command with a script, config file, test or setting that does not exist."""
+def check_command(command):
+    """ValueError or AssertionError for a command whose script, config file, test file or setting
+    does not exist, or whose value has the wrong type."""
+    # 1. A run on several ranks has the arguments of a run on one.
+    words = shlex.split(command)
     if words[:2] == ['torchrun', '--standalone']:
         words = ['python', *words[3:]]
-    assert words[0] == 'python', words
+    assert words[0] == 'python', command
+    # 2. Test files.
     if words[1:3] == ['-m', 'pytest']:
-        word, tests = words[words.index('-k') + 1], tree(words[3])
-        return [f.name for f in tests.body if word in getattr(f, 'name', '')][0]
-    script, known = words[1], None
-    assert os.path.isfile(os.path.join(ROOT, script)), words
+        assert all(exists(word) for word in words[3:] if word.endswith('.py')), command
+        return
+    # 3. A script; benchmarks have no settings.
+    script = words[1]
+    assert exists(script), command
+    if script.startswith('tests/'):
+        return
+    # 4. Its config files and settings. Folders, which assets/draw.py takes, need not exist yet.
+    defaults = defaults_of(script)
     for word in words[2:]:
-        if word.endswith('.py'):
-            run_config_file(os.path.join(ROOT, word), settings(script), settings(script))
+        if word.endswith('.py') and word != PLACEHOLDER:
+            found = run_config_file(os.path.join(ROOT, word), defaults, defaults)
+            assert found, f'{word} sets nothing'
         elif word.startswith('--'):
-            known = known or read_settings(os.path.join(ROOT, script))
-            assert re.match(r'--(\w+)=.', word) and word[2:].split('=')[0] in known, words
+            key, equals, text = word.removeprefix('--').partition('=')
+            assert equals and text, command
+            assert key in defaults, f'{command}: {script} has no setting {key}'
+            # The value of a loop's variable is unknown.
+            if '$' not in text:
+                check_setting(word, key, parse_value(text, defaults[key]), defaults)
 
 
-def commands_in(text):
-    """The command lines for python in a text that holds shell commands, loops among them."""
-    return re.findall(r'python [^;`#\n]+', re.sub(r'for \w in [^;]*; do', '', text))
+# -----------------------------------------------------------------------------
+# The course
 
 
-def test_all_forty_items_are_there_in_order_each_with_all_its_cells():
-    assert [row[0] for row in ROWS] == ITEMS and len(ITEMS) == 40
-    assert all(len(row) == 6 and all(row) for row in ROWS)
+def test_the_course_has_forty_items_in_order_each_with_six_cells():
+    expected = []
+    for part, n_items in enumerate(ITEMS_PER_PART, 1):
+        expected += [f'{part}.{item}' for item in range(1, n_items + 1)]
+    assert len(expected) == 40
+    assert [row[0] for row in COURSE_ROWS] == expected
+    assert all(len(row) == 6 and all(row) for row in COURSE_ROWS)
 
 
-@pytest.mark.parametrize('row', ROWS, ids=lambda row: row[0])
-def test_code_and_test_of_a_row_exist(row):
-    codes, tests = re.findall('`(.+?)`', row[2]), re.findall('`(.+?)`', row[3])
-    assert codes and tests
+@pytest.mark.parametrize('row', COURSE_ROWS, ids=lambda row: row[0])
+def test_the_code_and_the_test_files_of_an_item_exist(row):
+    codes = [code for code in in_backticks(row[2]) if not exists(code)]
+    assert codes
     for code in codes:
-        module, *names = code.split('.')
-        assert names and defined(tree(f'{module}.py'), names), code
+        assert code_exists(code), code
+    tests = in_backticks(row[3])
+    assert tests
     for test in tests:
-        path, _, name = test.partition('::')
-        assert defined(tree(path), [name]), test
+        assert test.startswith('tests/test_') and exists(test), test
 
 
-def test_commands_name_scripts_config_files_and_settings_that_exist():
-    assert len(COMMANDS) == 40
-    before = commands_in(''.join(re.findall('(?m)^    .*\n', COURSE)))
-    assert len(before) >= 5
-    for command in COMMANDS + before:
-        check_command(shlex.split(command))
+@pytest.mark.parametrize('row', COURSE_ROWS, ids=lambda row: row[0])
+def test_the_steps_of_scripts_that_an_item_names_exist(row):
+    for step, script in re.findall(r'step (\d+) of `(\w+\.py)`', row[2]):
+        assert re.search(rf'(?m)^ +# {step}\. ', read(script)), (step, script)
 
 
-def config_files():
-    return sorted(os.path.relpath(os.path.join(folder, name), ROOT) for folder, _, names in
-                  os.walk(os.path.join(ROOT, 'config', 'course')) for name in names if name.endswith('.py'))
+@pytest.mark.parametrize('row', COURSE_ROWS, ids=lambda row: row[0])
+def test_the_command_of_an_item_is_valid(row):
+    commands = in_backticks(row[4])
+    assert len(commands) == 1
+    check_command(commands[0])
+
+
+# -----------------------------------------------------------------------------
+# All READMEs and config files
+
+
+@pytest.mark.parametrize('path', READMES)
+def test_the_commands_of_a_readme_are_valid(path):
+    commands = commands_in(indented_lines(read(path)))
+    assert len(commands) >= 5
+    for command in commands:
+        check_command(command)
+
+
+@pytest.mark.parametrize('path', READMES)
+def test_the_files_that_a_readme_links_to_exist(path):
+    folder = os.path.dirname(path)
+    links = re.findall(r'\]\(([^)#]+)', read(path))
+    assert links
+    for link in links:
+        assert exists(os.path.join(folder, link)), link
 
 
 @pytest.mark.parametrize('path', config_files())
-def test_the_commands_in_the_head_of_an_experiment_are_right_and_its_result_is_told(path):
-    with open(os.path.join(ROOT, path), encoding='utf-8') as f:
-        head = re.match('(?:#.*\n)+', f.read()).group().replace('\\\n#', '').replace('# ', '')
-    commands = commands_in(head)
-    assert commands and any(path in command for command in commands) and 'Result' in head
+def test_the_commands_in_the_header_of_a_config_file_are_valid(path):
+    commands = commands_in(header(path))
+    assert any(path in command for command in commands)
     for command in commands:
-        check_command(shlex.split(command))
+        check_command(command)
 
 
-def test_attention_maps_are_rows_that_sum_to_one_and_never_look_ahead(tmp_path):
-    import torch
-    from assets.attention import attention_maps
-    from model import GPT, GPTConfig
-    torch.manual_seed(0)
-    maps = attention_maps(GPT(GPTConfig(block_size=16, n_layer=2, n_head=2, n_embd=32)), [5, 6, 7, 8])
-    assert len(maps) == 2 and all(m.shape == (2, 4, 4) for m in maps)
-    for weights in maps:
-        assert torch.allclose(weights.sum(-1), torch.ones(2, 4)) and (weights.triu(1) == 0).all()
+@pytest.mark.parametrize('path', EXPERIMENTS)
+def test_the_header_of_an_experiment_reports_its_result(path):
+    assert 'Result' in header(path)
+
+
+@pytest.mark.parametrize('path', READMES + config_files())
+def test_the_python_files_that_a_text_names_exist(path):
+    text = header(path) if path.endswith('.py') else read(path)
+    for name in re.findall(r'\b(?:config|tests|assets|data)/[\w/]+\.py\b', text):
+        assert exists(name), name
+
+
+def test_every_test_file_is_in_the_table_of_test_files():
+    names = {row[0].strip('`') for row in table_rows(read('tests/README.md'), '`test_')}
+    folder = os.path.join(ROOT, 'tests')
+    assert names == {name for name in os.listdir(folder) if re.match(r'test_\w+\.py', name)}
+
+
+# -----------------------------------------------------------------------------
+# The glossary of metrics
+
+
+def is_metrics(node):
+    names = ('metrics', 'mb_metrics', 'figures', 'update')
+    return isinstance(node, ast.Name) and node.id in names
+
+
+def dict_keys(node):
+    """The keys of a dict that is written out, also as part of an expression or a comprehension."""
+    keys = []
+    for part in ast.walk(node):
+        if isinstance(part, ast.Dict):
+            keys += part.keys
+        if isinstance(part, ast.DictComp):
+            keys.append(part.key)
+    return keys
+
+
+def keys_in_loop(loop):
+    """The keys metrics[name] that a loop over written-out names sets: for name in ('lr', ...)."""
+    variables = {node.id for node in ast.walk(loop.target) if isinstance(node, ast.Name)}
+    for node in ast.walk(loop):
+        is_key = isinstance(node, ast.Subscript) and is_metrics(node.value)
+        if is_key and isinstance(node.slice, ast.Name) and node.slice.id in variables:
+            constants = [part for part in ast.walk(loop.iter) if isinstance(part, ast.Constant)]
+            return [part for part in constants if isinstance(part.value, str)]
+    return []
+
+
+def logged_names(path):
+    """The metrics of a script, as regular expressions: the keys of the dicts that it calls metrics,
+    figures or update, and of those that it passes to logger.log and logger.final."""
+    keys = []
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Assign):
+            target = node.targets[0]
+            if is_metrics(target):                             # metrics = {...}
+                keys += dict_keys(node.value)
+            if isinstance(target, ast.Subscript) and is_metrics(target.value):
+                keys.append(target.slice)                      # metrics['loss'] = ...
+        if isinstance(node, ast.For):
+            keys += keys_in_loop(node)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr in ('log', 'final'):             # logger.log(step, {...})
+                for argument in node.args:
+                    keys += dict_keys(argument)
+    names = set()
+    for key in keys:
+        if isinstance(key, ast.Constant):
+            names.add(re.escape(key.value))
+        if isinstance(key, ast.JoinedStr):                     # f'exact_match/{op}'
+            parts = [re.escape(part.value) if isinstance(part, ast.Constant) else r'\w+'
+                     for part in key.values]
+            names.add(''.join(parts))
+    return names
+
+
+def explained_metrics():
+    """The metrics in the tables of the glossary."""
+    glossary = read(WORDPLAY).partition('\n## All logged metrics\n')[2]
+    explained = set()
+    for row in table_rows(glossary, '`'):
+        explained.update(in_backticks(row[0]))
+    return explained
+
+
+@pytest.mark.parametrize('path, some', [
+    ('train.py', ['mfu', 'muon_lr', 'skipped', 'val_loss']),
+    ('model.py', ['moe_entropy', r'moe/layer_\w+/expert_\w+']),
+    ('sft.py', ['response_loss', 'skipped', r'exact_match/\w+']),
+    ('reward.py', ['head_lr', 'auc', r'margin/\w+']),
+    ('ppo.py', ['gain_lr', 'critic_lr', 'skipped', 'val/clipfrac', r'eval/\w+', r'\w+_before'])])
+def test_every_logged_metric_is_in_the_glossary(path, some):
+    names = logged_names(path)
+    assert set(some) <= names
+    explained = explained_metrics()
+    for name in names:
+        assert any(re.fullmatch(name, metric) for metric in explained), name
+
+
+def test_the_figures_that_are_logged_before_and_after_ppo_are_in_the_glossary():
+    explained = explained_metrics()
+    figures = ('exact_match', 'exact_match_sampled', 'ended', 'score', 'gold')
+    for name in figures:
+        assert {name, f'{name}_before'} <= explained
+    assert {'kl', 'kl_minimum'} <= explained

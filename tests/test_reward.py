@@ -1,8 +1,10 @@
-"""The reward model: its losses against closed forms, its scores against padding, and the stage as its user runs it."""
-import itertools
+"""
+The reward model: losses against closed forms, scores against padding, figures against loops, and
+the stage run from the command line.
+"""
 import json
 import math
-import random
+import re
 import shutil
 
 import pytest
@@ -10,102 +12,165 @@ import torch
 
 import reward
 from bpe import Tokenizer
-from configurator import load_checkpoint, read_log, rng, save_checkpoint
-from conftest import CPU, call, finish, flags, letters, ok, one_line, start
-from data.answers import auc, calibration_error, fit_scale, log_choice, pad_left, pair_figures, tamper
-from data.dataset import load_gold, read_jsonl
-from data.pretrained import load_model, load_reward_model
+from configurator import load_checkpoint, read_log, save_checkpoint
+from conftest import CPU, ROOT, call, finish, flags, letters, ok, one_line, start, with_checker
+from data.examples import load_gold, read_examples
+from data.pretrained import load_reward_model
 from model import GPT, GPTConfig, RewardModel
+from sample import pad_left
 
 tok = Tokenizer.byte()
-FAST = dict(CPU, max_iters=4, batch_size=8, gradient_accumulation_steps=1, log_interval=1, eval_interval=2, max_new_tokens=4,
-            normalize_prompts=8)
+
+# Settings of a run of a few seconds.
+FAST = dict(CPU, max_iters=4, batch_size=8, gradient_accumulation_steps=1, log_interval=1,
+            eval_interval=2, max_new_tokens=4, normalize_prompts=8)
 
 
-def judge(causal=False, **more):
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def make_reward_model(causal=False, **more):
+    """A small reward model with random weights, whose scores differ clearly."""
     torch.manual_seed(0)
-    model = RewardModel(GPT(GPTConfig(**{**dict(block_size=32, n_layer=2, n_head=2, n_embd=32, causal=causal), **more})))
+    config = dict(block_size=32, n_layer=2, n_head=2, n_embd=32, causal=causal) | more
+    model = RewardModel(GPT(GPTConfig(**config)))
     torch.nn.init.normal_(model.head.proj.weight)
     return model
 
 
-def pairs(n, seed=0, block_size=32):
-    rows = [{'prompt': p, 'chosen': right, 'rejected': wrong} for p, right, _, wrong in letters(n, seed)]
+def make_row(prompt, chosen, rejected):
+    messages = [{'role': 'user', 'content': prompt}]
+    return {'prompt': prompt, 'messages': messages, 'chosen': chosen, 'rejected': rejected}
+
+
+def make_pairs(n, seed=0, block_size=32):
+    """n pairs of a correct and a wrong response to letters."""
+    rows = [make_row(prompt, correct, wrong) for prompt, correct, _, wrong in letters(n, seed)]
     return reward.prepare_pairs(rows, tok, block_size)
 
 
+def write_jsonl(path, rows):
+    with open(path, 'w', encoding='utf-8') as f:
+        for row in rows:
+            f.write(json.dumps(row) + '\n')
+
+
 def final(folder):
+    """The final figures of a run."""
     return read_log(str(folder))[-1]['final']
+
+
+def losses(folder):
+    """The training losses of a run, one per step."""
+    return [record['loss'] for record in read_log(str(folder)) if 'loss' in record]
+
+
+def weights(folder):
+    return load_checkpoint(str(folder))['model']
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
 
 
 # -----------------------------------------------------------------------------
 # Losses
 
-def test_losses_are_the_formulas_written_out():
-    a, b, m = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([1.5, 0.0, 0.5]), torch.tensor([0.1, 0.2, 0.3])
-    sigmoid = lambda x: 1 / (1 + math.exp(-x))
+def test_losses_equal_their_formulas():
+    chosen = torch.tensor([2.0, -1.0, 0.5])
+    rejected = torch.tensor([1.5, 0.0, 0.5])
+    margins = torch.tensor([0.1, 0.2, 0.3])
     d = [0.5, -1.0, 0.0]
-    mean = lambda values: pytest.approx(sum(values) / 3, rel=1e-6)
-    assert reward.pairwise_loss(a, b).item() == mean([-math.log(sigmoid(x)) for x in d])
-    assert reward.pairwise_loss(a, b, 'margin').item() == mean([max(0, 1 - x) for x in d])
-    assert reward.pairwise_loss(a, b, 'margin', 0.25).item() == mean([max(0, 0.25 - x) for x in d])
-    assert reward.pairwise_loss(a, b, 'bt_margin', m).item() == mean([
-        -math.log(sigmoid(x - y)) for x, y in zip(d, (0.1, 0.2, 0.3))])
-    for kind, shifts in (('bt', (0, 0, 0)), ('bt_margin', (0.1, 0.2, 0.3))):  # a choice is as meant, or it is turned round
-        assert reward.pairwise_loss(a, b, kind, m, flip_rate=0.1).item() == mean([
-            -math.log(0.9 * sigmoid(x - y) + 0.1 * sigmoid(y - x)) for x, y in zip(d, shifts)])
+    d_margin = [0.4, -1.2, -0.3]  # minus the margin of each pair
+
+    def loss(*args, **kwargs):
+        return reward.pairwise_loss(chosen, rejected, *args, **kwargs).item()
+
+    def mean(values):
+        return pytest.approx(sum(values) / 3, rel=1e-6)
+
+    assert loss() == mean([-math.log(sigmoid(x)) for x in d])
+    assert loss('margin') == mean([max(0, 1 - x) for x in d])
+    assert loss('margin', 0.25) == mean([max(0, 0.25 - x) for x in d])
+    assert loss('bt_margin', margins) == mean([-math.log(sigmoid(x)) for x in d_margin])
+
+    # With a flip_rate a label is right with probability 0.9 and flipped with probability 0.1.
+    flipped = [-math.log(0.9 * sigmoid(x) + 0.1 * sigmoid(-x)) for x in d]
+    assert loss('bt', margins, flip_rate=0.1) == mean(flipped)
+    flipped = [-math.log(0.9 * sigmoid(x) + 0.1 * sigmoid(-x)) for x in d_margin]
+    assert loss('bt_margin', margins, flip_rate=0.1) == mean(flipped)
 
 
 @pytest.mark.parametrize('flip_rate', [0.0, 0.2])
-def test_a_pair_that_is_far_apart_has_a_finite_loss_and_no_pull_where_it_may_have_been_flipped(flip_rate):
+def test_distant_scores_have_a_finite_loss_and_no_gradient_if_labels_may_be_flipped(flip_rate):
     d = torch.tensor([300.0, -300.0], requires_grad=True)
-    loss = -log_choice(d, flip_rate)
+    loss = -reward.log_choice(d, flip_rate)
     loss.sum().backward()
-    assert loss.tolist() == pytest.approx([-math.log(1 - flip_rate), -math.log(flip_rate) if flip_rate else 300.0])
-    assert d.grad.tolist() == pytest.approx([0, 0 if flip_rate else -1], abs=1e-6)
+    wrong_loss = -math.log(flip_rate) if flip_rate else 300.0
+    wrong_gradient = 0 if flip_rate else -1
+    assert loss.tolist() == pytest.approx([-math.log(1 - flip_rate), wrong_loss])
+    assert d.grad.tolist() == pytest.approx([0, wrong_gradient], abs=1e-6)
 
 
-def test_the_scale_that_fits_is_the_one_that_scores_were_spoiled_by():
-    generator = torch.Generator().manual_seed(0)
+def test_fit_scale_recovers_the_factor_that_scores_were_divided_by():
+    generator = seeded(0)
     d = torch.randn(40_000, generator=generator) * 3
     for flip_rate in (0.0, 0.1):
-        choices = torch.rand(len(d), generator=generator) < log_choice(d, flip_rate).exp()
-        d = torch.where(choices, d, -d)  # of chosen and rejected
+        probability = reward.log_choice(d, flip_rate).exp()
+        is_preferred = torch.rand(len(d), generator=generator) < probability
+        d = torch.where(is_preferred, d, -d)  # of chosen and rejected
         for factor in (0.5, 1.0, 3.0):
-            assert fit_scale(d / factor, flip_rate) == pytest.approx(factor, rel=0.06)
-    assert fit_scale(torch.ones(3)) == 8 and fit_scale(-torch.ones(3)) == 0.125
+            assert reward.fit_scale(d / factor, flip_rate) == pytest.approx(factor, rel=0.06)
+    # The factor stays between 1/8 and 8.
+    assert reward.fit_scale(torch.ones(3)) == 8
+    assert reward.fit_scale(-torch.ones(3)) == 0.125
 
 
-def test_bradley_terry_is_ln_2_for_equal_scores_with_the_gradient_of_its_closed_form():
-    a, b = torch.zeros(4, requires_grad=True), torch.zeros(4)
-    loss = reward.pairwise_loss(a, b)
+def test_bradley_terry_loss_of_equal_scores_is_log_2_with_a_gradient_of_one_half():
+    chosen = torch.zeros(4, requires_grad=True)
+    rejected = torch.zeros(4)
+    loss = reward.pairwise_loss(chosen, rejected)
     loss.backward()
-    assert loss.item() == pytest.approx(math.log(2)) and torch.allclose(a.grad, torch.full((4,), -0.5 / 4))
-    far = torch.tensor([1000.0, -1000.0])
-    assert torch.isfinite(reward.pairwise_loss(far, -far))
+    assert loss.item() == pytest.approx(math.log(2))
+    assert torch.allclose(chosen.grad, torch.full((4,), -0.5 / 4))
+    distant = torch.tensor([1000.0, -1000.0])
+    assert torch.isfinite(reward.pairwise_loss(distant, -distant))
 
 
 @pytest.mark.parametrize('kind, margin', [('bradley', None), ('bt_margin', None)])
-def test_a_loss_that_is_not_there_is_named(kind, margin):
+def test_an_unknown_loss_or_a_missing_margin_is_named(kind, margin):
     with pytest.raises(ValueError, match=f"got '{kind}'"):
         reward.pairwise_loss(torch.zeros(1), torch.zeros(1), kind, margin)
 
 
-def test_the_implicit_reward_of_dpo_is_the_log_ratio_of_the_responses_token_by_token():
+def response_logprob(model, ids, mask):
+    """Log-probability of the tokens where mask is 1, with one forward pass per token."""
+    total = 0.0
+    for t in range(1, len(ids)):
+        if mask[t]:
+            logits, _ = model(ids[None, :t])
+            total += logits[0, -1].log_softmax(-1)[ids[t]].item()
+    return total
+
+
+def test_the_dpo_reward_is_beta_times_the_log_ratio_summed_over_the_response():
     torch.manual_seed(0)
-    policy, reference = (GPT(GPTConfig(block_size=32, n_layer=1, n_head=2, n_embd=32)) for _ in range(2))
-    batch = pairs(3)
-    idx, mask, _ = reward.get_batch(batch)
-    got = reward.score(policy, reference, idx, mask)
-    for row, (ids, counts) in enumerate([*(p[0] for p in batch), *(p[1] for p in batch)]):
-        total = 0.0
-        for t in range(1, len(ids)):
-            if counts[t]:
-                total += sum(sign * model(ids[None, :t])[0][0, -1].log_softmax(-1)[ids[t]].item()
-                             for sign, model in ((1, policy), (-1, reference)))
-        assert got[row].item() == pytest.approx(reward.dpo_beta * total, abs=1e-4)
-    same = reward.score(policy, policy, idx, mask)
-    assert reward.pairwise_loss(*same.chunk(2)).item() == pytest.approx(math.log(2), abs=1e-6)
+    config = GPTConfig(block_size=32, n_layer=1, n_head=2, n_embd=32)
+    policy = GPT(config)
+    reference = GPT(config)
+    pairs = make_pairs(3)
+    idx, mask, _ = reward.get_batch(pairs)
+    scores = reward.score(policy, reference, idx, mask, dpo_beta=0.1)
+    sides = [chosen for chosen, _, _ in pairs] + [rejected for _, rejected, _ in pairs]
+    for score, (ids, response_mask) in zip(scores, sides, strict=True):
+        log_ratio = (response_logprob(policy, ids, response_mask)
+                     - response_logprob(reference, ids, response_mask))
+        assert score.item() == pytest.approx(0.1 * log_ratio, abs=1e-4)
+
+    # At the start of training the policy is the reference, and the loss is log 2.
+    chosen, rejected = reward.score(policy, policy, idx, mask, dpo_beta=0.1).chunk(2)
+    assert reward.pairwise_loss(chosen, rejected).item() == pytest.approx(math.log(2), abs=1e-6)
 
 
 # -----------------------------------------------------------------------------
@@ -113,269 +178,528 @@ def test_the_implicit_reward_of_dpo_is_the_log_ratio_of_the_responses_token_by_t
 
 @pytest.mark.parametrize('causal', [False, True])
 @pytest.mark.parametrize('pos', ['rope', 'learned'])
-def test_any_padding_gives_the_same_score(causal, pos):
-    model = judge(causal, pos=pos)
-    ids = [torch.tensor(row) for row in ([5, 6, 7], [9], [4, 3, 2, 1, 8])]
-    alone = torch.cat([model(row[None]) for row in ids])
+def test_padding_on_either_side_does_not_change_a_score(causal, pos):
+    model = make_reward_model(causal, pos=pos)
+    rows = [torch.tensor([5, 6, 7]), torch.tensor([9]), torch.tensor([4, 3, 2, 1, 8])]
+    unpadded = torch.cat([model(row[None]) for row in rows])
     for left, right in ((0, 0), (3, 0), (0, 4), (2, 5)):
         T = 5 + left + right
         idx = torch.full((3, T), -1)
-        for i, row in enumerate(ids):
-            begin = left if right else T - len(row) - right
+        for i, row in enumerate(rows):
+            # With padding on the right rows begin together, otherwise they end together.
+            begin = left if right else T - len(row)
             idx[i, begin:begin + len(row)] = row
-        assert torch.allclose(model(idx), alone, atol=1e-5)
-    assert alone.std() > 0.01
+        assert torch.allclose(model(idx), unpadded, atol=1e-5)
+    assert unpadded.std() > 0.01
 
 
-def test_an_encoder_reads_all_tokens_and_a_decoder_its_last():
+def test_an_encoder_scores_the_mean_of_all_tokens_and_a_decoder_the_last_token():
     ids = torch.tensor([[5, 6, 7, 8]])
-    for causal in (False, True):
-        model = judge(causal)
-        h = model.trunk.hidden(ids)[0]
-        expected = model.head.proj(h[-1] if causal else h.mean(0))
-        assert torch.allclose(model(ids), expected, atol=1e-6)
-    assert not torch.allclose(judge(False).trunk.hidden(ids)[0, 0], judge(False).trunk.hidden(ids[:, :1])[0, 0])
+    encoder = make_reward_model(causal=False)
+    h = encoder.trunk.hidden(ids)[0]
+    assert torch.allclose(encoder(ids), encoder.head.proj(h.mean(0)), atol=1e-6)
+    # The first token of an encoder sees the tokens after it.
+    assert not torch.allclose(h[0], encoder.trunk.hidden(ids[:, :1])[0, 0])
+
+    decoder = make_reward_model(causal=True)
+    h = decoder.trunk.hidden(ids)[0]
+    assert torch.allclose(decoder(ids), decoder.head.proj(h[-1]), atol=1e-6)
 
 
-def test_an_encoder_with_a_mask_reads_the_mean_of_the_answer_alone_but_sees_the_prompt():
-    model = judge()
-    idx, mask, _ = reward.get_batch(pairs(5))
+def test_an_encoder_with_a_mask_averages_over_the_response_only_but_sees_the_prompt():
+    model = make_reward_model()
+    idx, mask, _ = reward.get_batch(make_pairs(5))
     scores = model(idx, mask)
-    for row, m, got in zip(idx, mask, scores):
-        h = model.trunk.hidden(row[row >= 0][None])[0]
-        assert got.item() == pytest.approx(model.head.proj(h[m[row >= 0] > 0].mean(0)).item(), abs=1e-5)
-    other = torch.where((idx > 0) & (mask == 0) & (idx < 256), 65, idx)
-    assert not torch.allclose(model(other, mask), scores, atol=1e-4)
+    for ids, response_mask, score in zip(idx, mask, scores):
+        real = ids >= 0
+        h = model.trunk.hidden(ids[real][None])[0]
+        h_response = h[response_mask[real] > 0].mean(0)
+        assert score.item() == pytest.approx(model.head.proj(h_response).item(), abs=1e-5)
+
+    is_prompt_text = (idx > 0) & (mask == 0) & (idx < 256)
+    other_prompt = torch.where(is_prompt_text, 65, idx)
+    assert not torch.allclose(model(other_prompt, mask), scores, atol=1e-4)
 
 
-def test_a_decoder_reads_the_last_token_of_the_answer_whatever_the_mask():
-    model = judge(True)
-    idx, mask, _ = reward.get_batch(pairs(5))
+def test_a_decoder_scores_the_last_token_of_the_response_with_or_without_a_mask():
+    model = make_reward_model(causal=True)
+    idx, mask, _ = reward.get_batch(make_pairs(5))
     assert torch.equal(model(idx, mask), model(idx))
 
 
-def test_tampering_replaces_answer_tokens_of_the_chosen_alone_half_of_them_by_a_blank():
-    idx, mask, _ = reward.get_batch(pairs(400))
-    more, read, targets = tamper(idx, mask, 260, rng(1))
-    assert torch.equal(more[:800], idx) and torch.equal(read[:800], mask) and torch.equal(read[800:], mask[:400])
-    assert (targets[:800] == -1).all()
-    chosen, noisy, own, targets, hit = idx[:400], more[800:], mask[:400] > 0, targets[800:], targets[800:] >= 0
-    assert (own | ~hit).all() and torch.equal(noisy[~hit], chosen[~hit]) and torch.equal(targets[hit], chosen[hit])
-    share, blank = hit.sum() / own.sum(), (noisy[hit] == 260).float().mean()
-    assert abs(share - 0.4) < 0.06 and abs(blank - 0.5) < 0.08
-    assert set(noisy[hit].tolist()) <= {260, *chosen[own].tolist()} and (noisy[hit] != chosen[hit]).float().mean() > 0.6
-    assert torch.equal(tamper(idx, mask, 260, rng(1))[0], more) and not torch.equal(tamper(idx, mask, 260, rng(2))[0], more)
+def test_tamper_replaces_response_tokens_of_chosen_sides_only_half_of_them_by_a_blank():
+    idx, mask, _ = reward.get_batch(make_pairs(400))
+    tampered, tampered_mask, all_targets = reward.tamper(idx, mask, 260, seeded(1))
+
+    # The pairs themselves stay as they are, and have no targets.
+    assert torch.equal(tampered[:800], idx)
+    assert torch.equal(tampered_mask[:800], mask)
+    assert torch.equal(tampered_mask[800:], mask[:400])
+    assert (all_targets[:800] == -1).all()
+
+    # The copies of the chosen sides differ only where there is a target, which is the original.
+    chosen = idx[:400]
+    noisy = tampered[800:]
+    targets = all_targets[800:]
+    is_response = mask[:400] > 0
+    replaced = targets >= 0
+    assert (is_response | ~replaced).all()
+    assert torch.equal(noisy[~replaced], chosen[~replaced])
+    assert torch.equal(targets[replaced], chosen[replaced])
+
+    # 40% of the response tokens are replaced, half of them by the blank.
+    replaced_share = replaced.sum() / is_response.sum()
+    blank_share = (noisy[replaced] == 260).float().mean()
+    assert abs(replaced_share - 0.4) < 0.06
+    assert abs(blank_share - 0.5) < 0.08
+    assert set(noisy[replaced].tolist()) <= {260, *chosen[is_response].tolist()}
+    assert (noisy[replaced] != chosen[replaced]).float().mean() > 0.6
+
+    # The generator alone decides.
+    assert torch.equal(reward.tamper(idx, mask, 260, seeded(1))[0], tampered)
+    assert not torch.equal(reward.tamper(idx, mask, 260, seeded(2))[0], tampered)
 
 
-def test_restoring_is_scored_by_the_cross_entropy_of_what_stood_there_and_leaves_the_scores_alone():
-    model = judge()
-    idx, mask, _ = reward.get_batch(pairs(6))
-    more, read, targets = tamper(idx, mask, 260, rng(1))
-    scores, restored = model(more, read, targets)
+def test_the_denoising_loss_is_the_cross_entropy_of_the_originals_and_changes_no_score():
+    model = make_reward_model()
+    idx, mask, _ = reward.get_batch(make_pairs(6))
+    tampered, tampered_mask, targets = reward.tamper(idx, mask, 260, seeded(1))
+    scores, denoise_loss = model(tampered, tampered_mask, targets)
     assert torch.allclose(scores[:12], model(idx, mask), atol=1e-5)
     total = 0.0
-    for row, target in zip(more[12:], targets[12:]):
-        logp = model.trunk.lm_head(model.trunk.hidden(row[row >= 0][None])[0]).log_softmax(-1)
-        total -= sum(logp[t, target[t]].item() for t in range(len(logp)) if target[t] >= 0)
-    assert restored.item() == pytest.approx(total / (targets >= 0).sum().item(), rel=1e-5)
+    for ids, row_targets in zip(tampered[12:], targets[12:]):
+        logits = model.trunk.lm_head(model.trunk.hidden(ids[ids >= 0][None])[0])
+        logp = logits.log_softmax(-1)
+        for t in range(len(logp)):
+            if row_targets[t] >= 0:
+                total -= logp[t, row_targets[t]].item()
+    n_targets = (targets >= 0).sum().item()
+    assert denoise_loss.item() == pytest.approx(total / n_targets, rel=1e-5)
 
 
-def test_swapping_a_pair_negates_the_difference():
-    model, batch = judge(), pairs(5)
-    d = [model(reward.get_batch(p)[0]).chunk(2) for p in (batch, [(b, a, row) for a, b, row in batch])]
-    assert torch.allclose(d[0][0] - d[0][1], d[1][1] - d[1][0], atol=1e-6)
-
-
-def test_long_pairs_are_cut_on_the_left_for_they_differ_at_their_end(capsys):
-    (a, _), (b, _), _ = pairs(1, block_size=6)[0]
-    assert len(a) == len(b) == 6 and a.tolist() != b.tolist() and a[-1] == tok.special['<|end|>']
-    assert 'longer ones are cut on the left' in capsys.readouterr().out
+def test_swapping_a_pair_negates_the_difference_of_its_scores():
+    model = make_reward_model()
+    pairs = make_pairs(5)
+    swapped = [(rejected, chosen, row) for chosen, rejected, row in pairs]
+    chosen, rejected = model(reward.get_batch(pairs)[0]).chunk(2)
+    swapped_chosen, swapped_rejected = model(reward.get_batch(swapped)[0]).chunk(2)
+    assert torch.allclose(chosen - rejected, swapped_rejected - swapped_chosen, atol=1e-6)
 
 
 # -----------------------------------------------------------------------------
-# Measures
+# Pairs
 
-def test_auc_is_the_share_of_right_answers_above_wrong_ones():
-    generator = torch.Generator().manual_seed(0)
-    right, wrong = (torch.randint(6, (n,), generator=generator).float() for n in (13, 17))
-    by_hand = sum((a > b) + 0.5 * (a == b) for a in right for b in wrong) / (13 * 17)
-    assert auc(right, wrong) == pytest.approx(by_hand.item())
+def test_long_pairs_are_truncated_on_the_left_because_they_differ_at_their_end(capsys):
+    (chosen, _), (rejected, _), _ = make_pairs(1, block_size=6)[0]
+    assert len(chosen) == len(rejected) == 6
+    assert chosen.tolist() != rejected.tolist()
+    assert chosen[-1] == tok.special['<|end|>']
+    assert 'longer conversations are truncated on the left' in capsys.readouterr().out
 
 
-def test_calibration_error_is_small_where_probabilities_are_true_and_large_where_they_boast():
-    generator = torch.Generator().manual_seed(0)
+def test_pairs_that_are_equal_after_truncation_are_skipped_and_counted(capsys):
+    rows = [
+        make_row('p', 'Yes, the end', 'No, the end'),     # equal within the last 6 tokens
+        make_row('p', 'the end', 'the beginning'),
+        make_row('p', 'same', 'same'),                    # equal at any length
+    ]
+    pairs = reward.prepare_pairs(rows, tok, 6)
+    assert [row for _, _, row in pairs] == [rows[1]]
+    assert 'skipped 2 of 3 pairs: both sides are equal' in capsys.readouterr().out
+
+    pairs = reward.prepare_pairs(rows, tok, 32)
+    assert [row for _, _, row in pairs] == rows[:2]
+    assert 'skipped 1 of 3 pairs: both sides are equal' in capsys.readouterr().out
+
+
+def test_a_dataset_without_different_sides_is_refused():
+    with pytest.raises(ValueError, match='no pair has two different sides within block_size 6'):
+        reward.prepare_pairs([make_row('p', 'Yes, the end', 'No, the end')], tok, 6)
+
+
+def test_shuffled_labels_swap_half_of_the_pairs_and_lose_none():
+    pairs = make_pairs(400)
+    shuffled = reward.shuffle_pairs(pairs, seeded(1))
+    n_swapped = 0
+    for (chosen, rejected, row), (new_chosen, new_rejected, new_row) in zip(pairs, shuffled):
+        assert new_row is row
+        if new_chosen is rejected:
+            assert new_rejected is chosen
+            n_swapped += 1
+        else:
+            assert new_chosen is chosen and new_rejected is rejected
+    assert len(shuffled) == 400 and 160 < n_swapped < 240
+
+
+# -----------------------------------------------------------------------------
+# Figures
+
+def share_above(right, wrong):
+    """The share of pairs, over all combinations, where right is above wrong; ties count half."""
+    wins = 0.0
+    for a in right:
+        for b in wrong:
+            if a > b:
+                wins += 1
+            elif a == b:
+                wins += 0.5
+    return wins / (len(right) * len(wrong))
+
+
+def test_auc_is_the_share_of_correct_responses_above_wrong_ones():
+    generator = seeded(0)
+    right = torch.randint(6, (13,), generator=generator).float()
+    wrong = torch.randint(6, (17,), generator=generator).float()
+    assert reward.auc(right, wrong) == pytest.approx(share_above(right.tolist(), wrong.tolist()))
+
+
+def test_calibration_error_is_small_for_true_probabilities_and_large_for_over_confident_ones():
+    generator = seeded(0)
     d = torch.randn(20_000, generator=generator) * 2
     labels = torch.rand(20_000, generator=generator) < torch.sigmoid(d)
-    assert calibration_error(d, labels) < 0.015 and calibration_error(4 * d, labels) > 0.1
+    assert reward.calibration_error(d, labels) < 0.015
+    assert reward.calibration_error(4 * d, labels) > 0.1
     flipped = labels ^ (torch.rand(20_000, generator=generator) < 0.1)
-    assert calibration_error(d, flipped, flip_rate=0.1) < 0.015 and calibration_error(d, flipped) > 0.03
-    # written out for two bins: probabilities .2 .3 | .6 .9, outcomes 0 1 | 1 1
-    p = torch.tensor([.2, .3, .6, .9])
-    assert calibration_error(p.logit(), torch.tensor([0, 1, 1, 1]), bins=2) == pytest.approx((.25 + .25) / 2)
+    assert reward.calibration_error(d, flipped, flip_rate=0.1) < 0.015
+    assert reward.calibration_error(d, flipped) > 0.03
 
 
-def test_calibration_is_of_scores_scaled_by_what_fits_the_other_half():
-    generator = torch.Generator().manual_seed(0)
+def test_calibration_error_of_two_bins_equals_the_formula():
+    d = torch.tensor([0.2, 0.3, 0.6, 0.9]).logit()
+    labels = torch.tensor([0, 1, 1, 1])
+    # The bins predict 0.25 and 0.75, and 0.5 and 1 are observed.
+    assert reward.calibration_error(d, labels, bins=2) == pytest.approx((0.25 + 0.25) / 2)
+
+
+def test_each_half_is_scaled_by_the_factor_that_fits_the_other_half():
+    generator = seeded(0)
     d = torch.randn(8_000, generator=generator) * 2
-    chosen = torch.rand(8_000, generator=generator) < torch.sigmoid(d)
-    d, rows = torch.where(chosen, d, -d), [{'prompt': '', 'chosen': '', 'rejected': ''}] * 8_000
-    for timid in (1, 3):
-        figures = pair_figures(d / timid, torch.zeros(8_000), rows)
-        assert figures['calibration_error'] < 0.025 and figures['best_scale'] == pytest.approx(timid, rel=0.06)
-    halves = torch.cat((d[:4000] * 2, d[4000:] / 2))  # each would be right at its own scale, and is taken at the other's
-    assert pair_figures(halves, torch.zeros(8_000), rows)['calibration_error'] > 0.1
+    is_preferred = torch.rand(8_000, generator=generator) < torch.sigmoid(d)
+    d = torch.where(is_preferred, d, -d)
+    rows = [make_row('', '', '')] * 8_000
+    zeros = torch.zeros(8_000)
+    for factor in (1, 3):
+        figures = reward.pair_figures(d / factor, zeros, rows)
+        assert figures['calibration_error'] < 0.025
+        assert figures['best_scale'] == pytest.approx(factor, rel=0.06)
+    # Each half would be calibrated by its own factor, but is scaled by that of the other.
+    unequal = torch.cat((d[:4000] * 2, d[4000:] / 2))
+    assert reward.pair_figures(unequal, zeros, rows)['calibration_error'] > 0.1
 
 
-def test_figures_are_against_the_labels_as_given_and_as_they_were_before_some_were_flipped():
-    rows = [{'prompt': 'p', 'chosen': c, 'rejected': r, 'clean': clean, 'op': op} for c, r, clean, op in (
-        ('right', 'bad', True, 'x'), ('worse', 'right', False, 'x'), ('bad', 'worse', True, 'y'), ('right', 'wrongs', True, 'y'))]
-    gold = lambda prompt, said: (float(said == 'right'), 0)
-    figures = pair_figures(torch.tensor([2.0, 0.0, 1.0, 0.5]), torch.tensor([1.0, 2.0, 0.0, 1.5]), rows, gold)
-    assert figures['accuracy'] == 0.5 and figures['accuracy_clean'] == 0.75 and figures['noise_ceiling'] == 0.75
+# Four pairs and their scores; the label of the second is flipped.
+FOUR_ROWS = [
+    make_row('p', 'right', 'bad') | {'clean': True, 'op': 'x'},
+    make_row('p', 'worse', 'right') | {'clean': False, 'op': 'x'},
+    make_row('p', 'bad', 'worse') | {'clean': True, 'op': 'y'},
+    make_row('p', 'right', 'wrongs') | {'clean': True, 'op': 'y'},
+]
+FOUR_CHOSEN = torch.tensor([2.0, 0.0, 1.0, 0.5])
+FOUR_REJECTED = torch.tensor([1.0, 2.0, 0.0, 1.5])
+
+
+def is_right(prompt, response):
+    return float(response == 'right')
+
+
+def test_figures_compare_with_the_labels_as_given_and_before_some_were_flipped():
+    figures = reward.pair_figures(FOUR_CHOSEN, FOUR_REJECTED, FOUR_ROWS, is_right)
+    assert figures['accuracy'] == 0.5
+    assert figures['accuracy_clean'] == 0.75
+    assert figures['noise_ceiling'] == 0.75
     assert figures['accuracy_one_right'] == pytest.approx(2 / 3)
-    right, wrong = [2.0, 2.0, 0.5], [1.0, 0.0, 1.0, 0.0, 1.5]
-    assert figures['auc'] == pytest.approx(sum(a > b for a in right for b in wrong) / 15)
-    assert figures['accuracy_length_only'] == 0.625  # shorter is better: 0 for the first, 0.5 for a tie, 1, 1
-    assert figures['best_scale'] == fit_scale(torch.tensor([1.0, -2.0, 1.0, -1.0]))
-    assert figures['margin/x'] == 1.5 and figures['margin/y'] == 0
+    right_scores = [2.0, 2.0, 0.5]
+    wrong_scores = [1.0, 0.0, 1.0, 0.0, 1.5]
+    assert figures['auc'] == pytest.approx(share_above(right_scores, wrong_scores))
+    # On clean labels, preferring the shorter one is wrong in the first pair; the second is a tie,
+    # which counts half; it is right in the others.
+    assert figures['accuracy_length_only'] == 0.625
+    assert figures['best_scale'] == reward.fit_scale(torch.tensor([1.0, -2.0, 1.0, -1.0]))
+    assert figures['margin/x'] == 1.5
+    assert figures['margin/y'] == 0
+
+
+def test_rows_without_an_op_count_in_no_margin():
+    rows = [dict(row) for row in FOUR_ROWS]
     del rows[3]['op']
-    assert pair_figures(torch.tensor([2.0, 0.0, 1.0, 0.5]), torch.tensor([1.0, 2.0, 0.0, 1.5]), rows, gold)['margin/y'] == 1
+    figures = reward.pair_figures(FOUR_CHOSEN, FOUR_REJECTED, rows, is_right)
+    assert figures['margin/y'] == 1
+
+
+@pytest.mark.parametrize('value', [0.0, 1.0])
+def test_figures_that_cannot_be_computed_are_omitted(value):
+    # If no response is correct, or every one, nothing can be ranked above or below.
+    figures = reward.pair_figures(FOUR_CHOSEN, FOUR_REJECTED, FOUR_ROWS, lambda p, r: value)
+    assert 'auc' not in figures
+    assert ('accuracy_one_right' in figures) == (value == 1.0)
+    assert all(math.isfinite(figure) for figure in figures.values())
 
 
 # -----------------------------------------------------------------------------
 # The stage
 
-def test_it_learns_to_tell_right_from_wrong(small_reward):
+def test_it_learns_to_score_correct_responses_higher(small_reward):
     figures = final(small_reward.folder)
-    assert figures['accuracy_clean'] > 0.95 and figures['auc'] > 0.9 and figures['noise_ceiling'] == 1
-    assert figures['accuracy_length_only'] == 0.5 and 'margin/Raise' in figures
-    assert read_log(str(small_reward.folder))[1]['loss'] == pytest.approx(math.log(2), abs=0.2)
+    assert figures['accuracy_clean'] > 0.95
+    assert figures['auc'] > 0.9
+    assert figures['noise_ceiling'] == 1
+    assert figures['accuracy_length_only'] == 0.5
+    assert 'margin/Raise' in figures
+    assert losses(small_reward.folder)[0] == pytest.approx(math.log(2), abs=0.2)
 
 
-def test_scores_have_mean_0_and_variance_1_on_answers_of_the_policy(small_sft, small_reward, letters_data):
-    config = load_checkpoint(str(small_reward.folder))['config']
-    policy, tok = load_model(str(small_sft.folder), {})
-    model = load_reward_model(str(small_reward.folder), tok)
-    rows = read_jsonl(letters_data / 'pref_val.jsonl', 'preference')
-    end = tok.special['<|end|>']
-    prompts = [[tok.special['<|user|>'], *tok.encode(r['prompt']), end, tok.special['<|assistant|>']] for r in rows]
-    answers = policy.generate(pad_left(prompts), 8, stop=[end], generator=rng(config['seed'], 150))
-    own = torch.arange(answers.size(1)) >= max(map(len, prompts))
-    std, mean = torch.std_mean(model(answers, own))
-    assert abs(mean) < 1e-3 and std.item() == pytest.approx(1, abs=1e-3)
+def test_scores_of_the_policys_responses_have_mean_0_and_variance_1(small_sft, letters_data,
+                                                                    tmp_path, monkeypatch):
+    # Record the responses that the run samples to normalise the scores.
+    recorded = []
+    generate = GPT.generate
+
+    def recording_generate(policy, idx, *args, **kwargs):
+        out = generate(policy, idx, *args, **kwargs)
+        recorded.append((policy, idx, out))
+        return out
+
+    monkeypatch.setattr(GPT, 'generate', recording_generate)
+    ok(call('reward.py', *flags(FAST, **with_checker(letters_data), init_from=small_sft.folder,
+                                out_dir=tmp_path, normalize_prompts=50)))
+    (policy, idx, out), = recorded
+
+    # They are responses of the SFT policy to the first 50 prompts of the validation pairs.
+    for name, weight in weights(small_sft.folder).items():
+        assert torch.equal(policy.state_dict()[name], weight), name
+    user, end, assistant = [tok.special[name] for name in ('<|user|>', '<|end|>', '<|assistant|>')]
+    prompts = []
+    for row in read_examples(letters_data / 'pref_val.jsonl', 'preference')[:50]:
+        prompts.append([user, *tok.encode(row['prompt']), end, assistant])
+    assert torch.equal(idx, pad_left(prompts))
+
+    # Their scores by the saved reward model.
+    model = load_reward_model(str(tmp_path), tok)
+    is_response = torch.arange(out.size(1)) >= idx.size(1)
+    std, mean = torch.std_mean(model(out, is_response))
+    assert abs(mean) < 1e-3
+    assert std.item() == pytest.approx(1, abs=1e-3)
 
 
-def test_the_final_figures_are_of_the_test_pairs_where_there_are_some(letters_data, small_base, tmp_path):
+def test_the_final_figures_are_of_the_test_pairs_if_there_are_some(letters_data, small_base,
+                                                                   tmp_path):
     shutil.copytree(letters_data, tmp_path / 'data')
-    rows = read_jsonl(letters_data / 'pref_val.jsonl', 'preference')
-    with open(tmp_path / 'data/pref_test.jsonl', 'w', encoding='utf-8') as f:  # the same pairs, turned round
-        f.writelines(json.dumps(row | {'chosen': row['rejected'], 'rejected': row['chosen']}) + '\n' for row in rows)
-    ok(call('reward.py', *flags(FAST, dataset=tmp_path / 'data', init_from=small_base, out_dir=tmp_path / 'run',
-                                learning_rate=0.0, muon_lr=0.0, max_iters=1)))
-    assert final(tmp_path / 'run')['accuracy'] == pytest.approx(1 - read_log(str(tmp_path / 'run'))[0]['accuracy'])
+    rows = read_examples(letters_data / 'pref_val.jsonl', 'preference')
+    # The test pairs are the validation pairs with flipped labels, and nothing is learned.
+    flipped = [row | {'chosen': row['rejected'], 'rejected': row['chosen']} for row in rows]
+    write_jsonl(tmp_path / 'data' / 'pref_test.jsonl', flipped)
+    run = tmp_path / 'run'
+    ok(call('reward.py', *flags(FAST, **with_checker(tmp_path / 'data'), init_from=small_base,
+                                out_dir=run, learning_rate=0.0, muon_lr=0.0, max_iters=1)))
+    val_accuracy = read_log(str(run))[0]['accuracy']
+    assert final(run)['accuracy'] == pytest.approx(1 - val_accuracy)
 
 
 @pytest.mark.parametrize('loss', ['bt', 'margin', 'bt_margin'])
-def test_16_pairs_are_learned_by_heart(loss, letters_data, small_base, tmp_path):
-    ok(call('reward.py', *flags(FAST, dataset=letters_data, init_from=small_base, out_dir=tmp_path, max_pairs=16, batch_size=16,
-                                max_iters=60, eval_interval=60, loss=loss, optimizer='adamw', learning_rate=3e-3, causal=True)))
-    assert sum(r['train_accuracy'] for r in read_log(str(tmp_path)) if r.get('step', 0) > 50 and 'train_accuracy' in r) == 9
+def test_16_pairs_can_be_memorised(loss, letters_data, small_base, tmp_path):
+    ok(call('reward.py', *flags(FAST, **with_checker(letters_data), init_from=small_base,
+                                out_dir=tmp_path, max_pairs=16, batch_size=16, max_iters=60,
+                                eval_interval=60, loss=loss, optimizer='adamw',
+                                learning_rate=3e-3, causal=True)))
+    last = [record['train_accuracy'] for record in read_log(str(tmp_path))
+            if record.get('step', 0) > 50 and 'train_accuracy' in record]
+    assert last == [1.0] * 9
 
 
-def test_shuffled_labels_teach_nothing(letters_data, small_base, tmp_path):
-    ok(call('reward.py', *flags(FAST, dataset=letters_data, init_from=small_base, out_dir=tmp_path, shuffle_labels=True,
-                                max_iters=60, batch_size=32, eval_interval=60)))
-    assert 0.3 < final(tmp_path)['accuracy_clean'] < 0.7  # 60 pairs; the proof has 2,000
+def test_shuffled_labels_teach_nothing(letters_data, small_base, small_reward, tmp_path):
+    ok(call('reward.py', *flags(FAST, **with_checker(letters_data), init_from=small_base,
+                                out_dir=tmp_path, shuffle_labels=True, max_iters=60,
+                                batch_size=32, eval_interval=60)))
+    # Every pair is used once, so the accuracy on 60 * 32 new pairs stays at 0.5.
+    train_accuracy = [record['train_accuracy'] for record in read_log(str(tmp_path))
+                      if 'train_accuracy' in record]
+    assert len(train_accuracy) == 60
+    assert abs(sum(train_accuracy) / 60 - 0.5) < 0.05
+    # The differences of the scores stay small beside those learned from true labels. (Their sign
+    # is the same for almost all pairs, because all wrong responses contain the letter G.)
+    for op in ('Raise', 'Up', 'Now'):
+        learned = final(small_reward.folder)[f'margin/{op}']
+        assert abs(final(tmp_path)[f'margin/{op}']) < 0.1 * learned
 
 
 def test_dpo_trains_the_policy_itself(letters_data, small_sft, tmp_path):
-    ok(call('reward.py', *flags(FAST, dataset=letters_data, init_from=small_sft.folder, out_dir=tmp_path, loss='dpo', causal=True,
-                                max_iters=40, batch_size=32, eval_interval=40, muon_lr=2e-3)))
-    first = next(r for r in read_log(str(tmp_path)) if 'loss' in r)
-    assert first['loss'] == pytest.approx(math.log(2), abs=1e-5)
+    ok(call('reward.py', *flags(FAST, **with_checker(letters_data), init_from=small_sft.folder,
+                                out_dir=tmp_path, loss='dpo', causal=True, max_iters=40,
+                                batch_size=32, eval_interval=40, muon_lr=2e-3)))
+    assert losses(tmp_path)[0] == pytest.approx(math.log(2), abs=1e-5)
     assert final(tmp_path)['accuracy_clean'] > 0.9
-    assert ok(call('sample.py', '--device=cpu', f'--out_dir={tmp_path}', '--max_new_tokens=4'))  # it speaks
+    # The result is a language model, which can be sampled.
+    assert ok(call('sample.py', '--device=cpu', f'--out_dir={tmp_path}', '--max_new_tokens=4'))
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(letters_data, small_sft, tmp_path, monkeypatch):
-    how = flags(FAST, dataset=letters_data, init_from=small_sft.folder)
-    ok(call('reward.py', *how, f'--out_dir={tmp_path / "whole"}'))
-    done = load_checkpoint(str(tmp_path / 'whole'))['model']
-    ok(call('reward.py', '--init_from=resume', f'--out_dir={tmp_path / "whole"}'))  # it had ended: nothing changes
-    assert all(torch.equal(weight, done[key]) for key, weight in load_checkpoint(str(tmp_path / 'whole'))['model'].items())
-    monkeypatch.setattr('data.answers.score_moments', None)
-    assert call('reward.py', *how, f'--out_dir={tmp_path / "half"}').returncode == 1  # what fails at the end loses nothing
-    monkeypatch.undo()
-    assert load_checkpoint(str(tmp_path / 'half'))['step'] == 4
-    (tmp_path / 'half' / 'ckpt.pt').write_bytes((tmp_path / 'half' / 'ckpt_prev.pt').read_bytes())
-    assert load_checkpoint(str(tmp_path / 'half'))['step'] == 2
-    ok(call('reward.py', '--init_from=resume', f'--out_dir={tmp_path / "half"}'))
-    a, b = (load_checkpoint(str(tmp_path / name))['model'] for name in ('whole', 'half'))
-    assert all(torch.equal(a[key], b[key]) for key in a) and a['scale'] != 1
+def test_a_resumed_run_continues_bit_for_bit(letters_data, small_sft, tmp_path):
+    settings = flags(FAST, **with_checker(letters_data), init_from=small_sft.folder)
+    whole = tmp_path / 'whole'
+    half = tmp_path / 'half'
+    ok(call('reward.py', *settings, f'--out_dir={whole}'))
+    expected = weights(whole)
+    assert expected['scale'] != 1
+
+    # Resuming a run that has ended changes nothing.
+    ok(call('reward.py', '--init_from=resume', f'--out_dir={whole}'))
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, expected[name]), name
+
+    # An error after the last step, here in the normalisation of the scores, loses nothing.
+    script = ("import runpy, sample\n"
+              "sample.encode_prompts = None\n"
+              "runpy.run_path('reward.py', run_name='__main__')\n")
+    (tmp_path / 'script.py').write_text(script, encoding='utf-8')
+    result = finish(start(tmp_path / 'script.py', *settings, f'--out_dir={half}',
+                          env={'PYTHONPATH': ROOT}))
+    assert result.returncode == 1 and 'TypeError' in result.stderr, result.stderr
+    assert load_checkpoint(str(half))['step'] == 4
+
+    # Resumed from the checkpoint of step 2, the run ends with the same weights.
+    shutil.copyfile(half / 'ckpt_prev.pt', half / 'ckpt.pt')
+    assert load_checkpoint(str(half))['step'] == 2
+    ok(call('reward.py', '--init_from=resume', f'--out_dir={half}'))
+    resumed = weights(half)
+    assert resumed.keys() == expected.keys()
+    for name, weight in resumed.items():
+        assert torch.equal(weight, expected[name]), name
 
 
-@pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile wants a C++ compiler')
+def test_a_resumed_run_of_dpo_finds_its_reference_by_reference_dir_if_it_was_moved(
+        letters_data, small_sft, tmp_path):
+    settings = flags(FAST, **with_checker(letters_data), loss='dpo', causal=True,
+                     lr_schedule='constant')
+    whole = tmp_path / 'whole'
+    half = tmp_path / 'half'
+    ok(call('reward.py', *settings, f'--init_from={small_sft.folder}', f'--out_dir={whole}'))
+    shutil.copytree(small_sft.folder, tmp_path / 'sft')
+    settings.remove('--max_iters=4')
+    ok(call('reward.py', *settings, f'--init_from={tmp_path / "sft"}', f'--out_dir={half}',
+            '--max_iters=2'))
+    (tmp_path / 'sft').rename(tmp_path / 'moved')
+
+    # Without the setting the missing folder is named; with it the run ends with the same weights.
+    resume = ['--init_from=resume', f'--out_dir={half}', '--max_iters=4']
+    assert str(tmp_path / 'sft') in one_line(call('reward.py', *resume))
+    ok(call('reward.py', *resume, f'--reference_dir={tmp_path / "moved"}'))
+    expected = weights(whole)
+    for name, weight in weights(half).items():
+        assert torch.equal(weight, expected[name]), name
+    assert final(half)['accuracy'] == final(whole)['accuracy']
+
+
+@pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler')
 @pytest.mark.parametrize('script', ['sft.py', 'reward.py'])
-def test_a_compiled_run_is_the_eager_one_on_batches_of_any_length(script, letters_data, small_sft, tmp_path):
-    losses = {}
+def test_a_compiled_run_has_the_losses_of_an_eager_run(script, letters_data, small_sft, tmp_path):
+    found = {}
     for compiles in (False, True):
-        ok(call(script, *flags(CPU, dataset=letters_data, init_from=small_sft.folder, out_dir=tmp_path / str(compiles), log_interval=1,
-                               compile=compiles, max_iters=5, batch_size=4, gradient_accumulation_steps=3, optimizer='adamw')))
-        losses[compiles] = [r['loss'] for r in read_log(tmp_path / str(compiles)) if 'loss' in r]
-    assert len(losses[True]) == 5 and losses[True] == pytest.approx(losses[False], rel=1e-3)
+        run = tmp_path / str(compiles)
+        ok(call(script, *flags(CPU, dataset=letters_data, init_from=small_sft.folder, out_dir=run,
+                               log_interval=1, compile=compiles, max_iters=5, batch_size=4,
+                               gradient_accumulation_steps=3, optimizer='adamw')))
+        found[compiles] = losses(run)
+    assert len(found[True]) == 5
+    assert found[True] == pytest.approx(found[False], rel=1e-3)
 
 
-def test_the_checks_give_a_verdict_a_line(letters_data, small_reward, small_sft, tmp_path):
-    for split in ('train', 'val'):  # every tenth label is turned round: what is learned by heart is the label as given
-        with open(letters_data / f'pref_{split}.jsonl', encoding='utf-8') as f:
-            rows = [json.loads(line) for line in f]
-        with open(tmp_path / f'pref_{split}.jsonl', 'w', encoding='utf-8') as f:
-            f.writelines(json.dumps(r if i % 10 else r | dict(chosen=r['rejected'], rejected=r['chosen'], clean=False)) + '\n'
-                         for i, r in enumerate(rows))
-    made = call('reward.py', *flags(CPU, dataset=tmp_path, init_from=small_sft.folder, out_dir=small_reward.folder, check=True,
-                                    learning_rate=3e-3))
-    lines = [line for line in made.stdout.splitlines() if line[:6] in ('ok    ', 'FAILED')]
-    assert len(lines) == 7 and 'by heart: accuracy 1.00' in made.stdout, made.stdout + made.stderr
-    assert all(line.startswith('ok') for line in lines[:3])
+def test_check_prints_one_line_per_sanity_check(letters_data, small_reward, small_sft, tmp_path):
+    # Every tenth label is flipped. What the model memorises are the labels as given.
+    for split in ('train', 'val'):
+        rows = read_examples(letters_data / f'pref_{split}.jsonl', 'preference')
+        for row in rows[::10]:
+            row['chosen'], row['rejected'] = row['rejected'], row['chosen']
+            row['clean'] = False
+        write_jsonl(tmp_path / f'pref_{split}.jsonl', rows)
+    result = call('reward.py', *flags(CPU, dataset=tmp_path, init_from=small_sft.folder,
+                                      out_dir=small_reward.folder, check=True, learning_rate=3e-3))
+    output = result.stdout + result.stderr
+    lines = [line for line in result.stdout.splitlines() if line[:6] in ('ok    ', 'FAILED')]
+    assert len(lines) == 7, output
+    assert re.match(r'ok +16 pairs .*: accuracy 1\.00', lines[2]), output
+    assert all(line.startswith('ok') for line in lines[:3]), output
+    n_failed = sum(line.startswith('FAILED') for line in lines)
+    assert result.returncode == (1 if n_failed else 0), output
 
 
-def test_a_decoder_is_checked_as_the_decoder_it_is(letters_data, small_base, tmp_path):
-    ok(call('reward.py', *flags(FAST, dataset=letters_data, init_from=small_base, out_dir=tmp_path, causal=True, max_iters=30)))
-    made = call('reward.py', '--check=True', f'--out_dir={tmp_path}')
-    assert f"length alone: accuracy {final(tmp_path)['accuracy_clean']:.3f}" in made.stdout, made.stdout + made.stderr
+def test_check_uses_the_causal_setting_of_the_run(letters_data, small_base, tmp_path):
+    ok(call('reward.py', *flags(FAST, **with_checker(letters_data), init_from=small_base,
+                                out_dir=tmp_path, causal=True, max_iters=30)))
+    result = call('reward.py', '--check=True', f'--out_dir={tmp_path}')
+    expected = f"length-only baseline: accuracy {final(tmp_path)['accuracy_clean']:.3f}"
+    assert expected in result.stdout, result.stdout + result.stderr
 
 
-def test_an_encoder_of_a_windowed_model_sees_all_and_can_be_loaded(letters_data, small_base, tmp_path):
+def test_the_encoder_of_a_windowed_model_sees_everything_and_can_be_loaded(letters_data, small_base,
+                                                                           tmp_path):
     checkpoint = load_checkpoint(str(small_base))
     checkpoint['model_args'] |= dict(window=8, n_sink=2)
     save_checkpoint(str(tmp_path / 'base'), checkpoint)
-    ok(call('reward.py', *flags(FAST, dataset=letters_data, init_from=tmp_path / 'base', out_dir=tmp_path / 'run')))
+    ok(call('reward.py', *flags(FAST, **with_checker(letters_data), init_from=tmp_path / 'base',
+                                out_dir=tmp_path / 'run')))
     config = load_reward_model(str(tmp_path / 'run'), tok).trunk.config
     assert (config.causal, config.window, config.n_sink) == (False, 0, 0)
 
 
+def test_a_windowed_model_becomes_an_encoder_in_which_all_tokens_see_each_other():
+    torch.manual_seed(0)
+    policy = GPT(GPTConfig(block_size=32, n_layer=1, n_head=2, n_embd=32, window=4, n_sink=1))
+    model, reference = reward.make_models(policy, 'bt', causal=False, seed=1, device='cpu')
+    assert reference is None
+    idx = torch.arange(20)[None]
+    other = idx.clone()
+    other[0, -1] = 99
+    # The last token changes the hidden state of the first.
+    assert not torch.allclose(model.trunk.hidden(idx)[0, 0], model.trunk.hidden(other)[0, 0])
+    assert policy.config.window == 4 and policy.config.causal
+
+
 @pytest.mark.parametrize('args, message', [
-    (['--loss=hinge'], "got 'hinge'"), (['--loss=dpo'], 'causal must be one of True; got False'),
-    (['--flip_rate=0.5'], 'below 0.5; got 0.5'), (['--normalize_prompts=0'], 'normalize_prompts must be at least 1')])
-def test_mistakes_are_one_line(args, message, letters_data, small_base, tmp_path):
-    how = {k: v for k, v in FAST.items() if k != 'normalize_prompts'}
-    assert message in one_line(call('reward.py', *flags(how, dataset=letters_data, init_from=small_base, out_dir=tmp_path), *args))
+    (['--loss=hinge'], "loss must be one of 'bt', 'margin', 'bt_margin', 'dpo'; got 'hinge'"),
+    (['--loss=dpo'], 'loss=dpo trains a policy, which is causal; add --causal=True'),
+    (['--flip_rate=0.5'], 'below 0.5; got 0.5'),
+    (['--normalize_prompts=0'], 'normalize_prompts must be at least 1'),
+])
+def test_a_mistake_is_one_line(args, message, letters_data, small_base, tmp_path):
+    key = args[0].removeprefix('--').split('=')[0]
+    settings = {name: value for name, value in FAST.items() if name != key}
+    settings = flags(settings, **with_checker(letters_data), init_from=small_base, out_dir=tmp_path)
+    assert message in one_line(call('reward.py', *settings, *args))
 
 
-def test_pairs_without_margins_cannot_be_learned_with_them(letters_data, small_base, tmp_path):
+def test_bt_margin_is_refused_if_the_pairs_have_no_margin(letters_data, small_base, tmp_path):
     for split in ('train', 'val'):
-        rows = read_jsonl(letters_data / f'pref_{split}.jsonl', 'preference')[:20]
-        with open(tmp_path / f'pref_{split}.jsonl', 'w', encoding='utf-8') as f:
-            f.writelines(json.dumps({k: r[k] for k in ('prompt', 'chosen', 'rejected')}) + '\n' for r in rows)
-    said = one_line(call('reward.py', *flags(FAST, dataset=tmp_path, init_from=small_base, out_dir=tmp_path, loss='bt_margin')))
-    assert "needs pairs with a margin" in said and load_gold(str(tmp_path)) is None
+        rows = read_examples(letters_data / f'pref_{split}.jsonl', 'preference')[:20]
+        for row in rows:
+            del row['margin']
+        write_jsonl(tmp_path / f'pref_{split}.jsonl', rows)
+    message = one_line(call('reward.py', *flags(FAST, dataset=tmp_path, init_from=small_base,
+                                                out_dir=tmp_path / 'run', loss='bt_margin')))
+    assert 'needs pairs with a margin' in message
+    assert load_gold(str(tmp_path)) is None
 
 
-def test_two_ranks_learn_what_one_learns(letters_data, small_sft, tmp_path):
-    how = flags(CPU, dataset=letters_data, init_from=small_sft.folder, optimizer='adamw', max_iters=3, warmup_iters=1, batch_size=8,
-                eval_interval=3, log_interval=1, gradient_accumulation_steps=2, normalize_prompts=8, max_new_tokens=4)
-    ok(call('reward.py', *how, f'--out_dir={tmp_path / "one"}'))
-    ok(finish(start('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'reward.py', *how,
-                    f'--out_dir={tmp_path / "two"}')))
-    one, two = ([r['loss'] for r in read_log(str(tmp_path / name)) if 'train_accuracy' in r] for name in ('one', 'two'))
-    assert one == pytest.approx(two, abs=1e-4) and len(one) == 3
+def test_a_log_never_contains_a_figure_that_cannot_be_computed(letters_data, small_base, tmp_path):
+    shutil.copytree(letters_data, tmp_path / 'data')
+    script = 'def gold(prompt, response):\n    return 0.0, 0.0\n'  # no response is correct
+    (tmp_path / 'data' / 'checker.py').write_text(script, encoding='utf-8')
+    run = tmp_path / 'run'
+    ok(call('reward.py', *flags(FAST, **with_checker(tmp_path / 'data'), init_from=small_base,
+                                out_dir=run, max_iters=1)))
+    *records, last = read_log(str(run))
+    for record in [*records, last['final']]:
+        assert None not in record.values(), record
+        assert 'auc' not in record and 'accuracy_one_right' not in record
+
+
+def test_two_ranks_have_the_losses_of_one(letters_data, small_sft, tmp_path):
+    settings = flags(CPU, **with_checker(letters_data), init_from=small_sft.folder,
+                     optimizer='adamw', max_iters=3, warmup_iters=1, batch_size=8, eval_interval=3,
+                     log_interval=1, gradient_accumulation_steps=2, normalize_prompts=8,
+                     max_new_tokens=4)
+    one = tmp_path / 'one'
+    two = tmp_path / 'two'
+    ok(call('reward.py', *settings, f'--out_dir={one}'))
+    ok(finish(start('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+                    'reward.py', *settings, f'--out_dir={two}')))
+    assert len(losses(one)) == 3
+    assert losses(one) == pytest.approx(losses(two), abs=1e-4)

@@ -1,270 +1,569 @@
 """
-What sample.py promises, of a small run that is trained here. Independent of it: the model's own logits, walked by
-hand, and UTF-8 as Python decodes it.
+sample.py: continuing a text, answering a file of prompts, chatting, and the functions for prompts
+and responses that the other stages share.
+
+The runs are trained or made here. The references are independent of sample.py: the model's own
+logits, one full forward pass per token, and UTF-8 as Python decodes it.
 """
-import json, subprocess, types
+import json
+import math
+import subprocess
 
 import pytest
 import torch
 
 import sample
-from bpe import Tokenizer, printable, render_chat
-from configurator import load_checkpoint, save_checkpoint
+from bpe import Tokenizer, render_chat
+from configurator import load_checkpoint, printable, save_checkpoint
 from conftest import TINY, call, finish, flags, ok, one_line, start
 from data.pretrained import load_model
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, RewardModel
 
 CPU = ['--device=cpu', '--dtype=float32']
+SEPARATOR = '-' * 15
 
+
+# ----- Runs, and what their models generate
 
 @pytest.fixture(scope='module')
-def run(dataset, tmp_path_factory):
-    """The folder of a run that has learned a little."""
-    folder = tmp_path_factory.mktemp('run')
-    ok(call('train.py', *flags(TINY, dataset=dataset, out_dir=folder, max_iters=60, eval_interval=60)))
+def trained_run(dataset, tmp_path_factory):
+    """The folder of a run that has been trained for 60 steps."""
+    folder = tmp_path_factory.mktemp('trained')
+    settings = flags(TINY, dataset=dataset, out_dir=folder, max_iters=60, eval_interval=60)
+    ok(call('train.py', *settings))
     return folder
 
 
-def babbler(run, folder, **changed):
-    """The folder of a run whose weights are random, and large: it says all kinds of bytes, special tokens hardly
-    ever, and each hangs on all that was said before."""
-    checkpoint = load_checkpoint(str(run))
-    checkpoint['model_args'] |= changed
+def write_random_run(trained_run, folder, **architecture):
+    """
+    Write a run whose weights are random and large. Its samples contain all kinds of bytes, hardly
+    ever a special token, and each token depends on all tokens before it.
+    """
+    checkpoint = load_checkpoint(str(trained_run))
+    checkpoint['model_args'] |= architecture
     torch.manual_seed(0)
     model = GPT(GPTConfig(**checkpoint['model_args']))
-    weights = {name: 8 * w if w.dim() > 1 else w for name, w in model.state_dict().items()}
-    weights['wte.weight'][256:] /= 1000
-    weights['lm_head.weight'] = weights['wte.weight']  # they are tied
+    weights = {}
+    for name, weight in model.state_dict().items():
+        weights[name] = 8 * weight if weight.dim() > 1 else weight
+    weights['wte.weight'][256:] /= 1000            # special tokens become improbable
+    weights['lm_head.weight'] = weights['wte.weight']  # the two are tied
     save_checkpoint(str(folder), {**checkpoint, 'model': weights})
     return folder
 
 
 @pytest.fixture(scope='module')
-def babble(run, tmp_path_factory):
-    return babbler(run, tmp_path_factory.mktemp('babble'))
+def random_run(trained_run, tmp_path_factory):
+    """A run with random weights and a context of 32 tokens."""
+    return write_random_run(trained_run, tmp_path_factory.mktemp('random'))
 
 
 @pytest.fixture(scope='module')
-def babble16(run, tmp_path_factory):
-    """Positions are learned, 16 of them."""
-    return babbler(run, tmp_path_factory.mktemp('babble16'), pos='learned', block_size=16)
+def random_run_16(trained_run, tmp_path_factory):
+    """A run with random weights and 16 learned positions."""
+    folder = tmp_path_factory.mktemp('random16')
+    return write_random_run(trained_run, folder, pos='learned', block_size=16)
 
 
-def likeliest(folder, ids, n):
-    """The n ids that the model's logits make the likeliest, one after another, each from all that stands before."""
-    model, ids = load_model(str(folder), {})[0].eval(), list(ids)
+def greedy_ids(folder, ids, n):
+    """The n most probable next ids, each from a forward pass over all ids before it."""
+    model, _ = load_model(str(folder), {})
+    model.eval()
+    ids = list(ids)
     for _ in range(n):
         with torch.no_grad():
-            ids.append(model(torch.tensor([ids]))[0][0, -1].argmax().item())
+            logits, _ = model(torch.tensor([ids]))
+        ids.append(logits[0, -1].argmax().item())
     return ids[-n:]
 
 
-def samples(*args):
-    """What sample.py says of a run, a text for each sample."""
-    device, *said = ok(call('sample.py', *CPU, *args)).split('\n')
-    assert device.startswith('device cpu')
-    *texts, rest = '\n'.join(said).split('\n' + '-' * 15 + '\n')
+def sample_texts(*args):
+    """Run sample.py and return the list of the samples that it prints."""
+    device_line, output = ok(call('sample.py', *CPU, *args)).split('\n', 1)
+    assert device_line.startswith('device cpu')
+    *texts, rest = ('\n' + output).split(f'\n{SEPARATOR}\n')
     assert rest == ''
+    texts[0] = texts[0].removeprefix('\n')
     return texts
-
-
-def test_as_a_user_runs_it_it_continues_the_given_text_and_a_conversation_ends_with_its_input(run):
-    args = [f'--out_dir={run}', '--start=the king ', '--num_samples=2', '--max_new_tokens=40']
-    texts = start('sample.py', *args, *CPU)
-    words = start('sample.py', f'--out_dir={run}', '--chat=True', '--max_new_tokens=8', *CPU, stdin=subprocess.PIPE)
-    texts, words = finish(texts), finish(words, 'the king\n/reset\n')
-    device, text = ok(texts).split('\n', 1)
-    assert text.split('\n' + '-' * 15 + '\n') == [*samples(*args), '']
-    assert text.startswith('the king ') and texts.stderr == ''
-    hello, answer, reset, end = ok(words).split('> ')
-    assert 'device cpu' in hello and len(answer) > 1 and (reset, end, words.stderr) == ('', '\n', '')
-
-
-def test_temperature_0_and_its_equals_say_what_is_likeliest(babble):
-    args = [f'--out_dir={babble}', '--start=the king ', '--max_new_tokens=20']
-    expected = 'the king ' + printable(Tokenizer.byte().decode(likeliest(babble, b'the king ', 20)))
-    assert samples(*args, '--temperature=0', '--num_samples=2') == [expected] * 2
-    for how in ('--top_k=1', '--top_p=1e-6'):
-        assert samples(*args, how, '--num_samples=1') == [expected]
-    assert samples(*args, '--temperature=0', '--use_cache=False', '--num_samples=1') == [expected]
-
-
-def test_a_seed_repeats_its_samples_and_another_gives_others(run):
-    args = [f'--out_dir={run}', '--num_samples=2', '--max_new_tokens=40']
-    first = samples(*args, '--seed=1')
-    assert first == samples(*args, '--seed=1') and first[0] != first[1]
-    assert not set(first) & set(samples(*args, '--seed=2'))
-
-
-def test_init_from_names_a_run_as_out_dir_does(run):
-    args = ['--num_samples=1', '--max_new_tokens=40']
-    assert samples(f'--init_from={run}', *args) == samples(f'--out_dir={run}', *args)
-
-
-@pytest.mark.parametrize('folder', ['run', 'babble', 'babble16'])
-def test_streaming_says_what_sampling_at_once_says(request, folder):
-    """Bytes that are no characters too, and far past the context."""
-    args = [f'--out_dir={request.getfixturevalue(folder)}', '--max_new_tokens=80', '--start=né 王']
-    first, second = samples(*args, '--num_samples=2', '--stream=True')
-    assert [first] == samples(*args, '--num_samples=1') and first != second
-
-
-def test_the_start_may_be_a_file_which_is_taken_to_the_byte(babble, tmp_path):
-    (tmp_path / 'start.txt').write_bytes('the né\r\n\tking'.encode())
-    text, = samples(f'--out_dir={babble}', f'--start=FILE:{tmp_path}/start.txt', '--num_samples=1', '--temperature=0')
-    ids = likeliest(babble, 'the né\r\n\tking'.encode(), 10)
-    assert ids != likeliest(babble, 'the né\n\tking'.encode(), 10)  # it is read, though it is not printed
-    assert text.startswith('the né\n\tking' + printable(Tokenizer.byte().decode(ids)).rstrip('\ufffd'))
-    message = one_line(call('sample.py', *CPU, f'--out_dir={babble}', f'--start=FILE:{tmp_path}/no.txt'))
-    assert f'{tmp_path}/no.txt' in message
-
-
-def test_an_empty_start_is_the_beginning_of_a_document(babble):
-    tok = Tokenizer.byte()
-    text, = samples(f'--out_dir={babble}', '--start=', '--num_samples=1', '--max_new_tokens=10', '--temperature=0')
-    assert text == printable(tok.decode(likeliest(babble, [tok.special['<|endoftext|>']], 10)))
-
-
-def test_a_missing_run_is_one_line_that_names_it(tmp_path):
-    assert f'{tmp_path}/no: no such checkpoint' in one_line(call('sample.py', f'--out_dir={tmp_path}/no'))
-
-
-@pytest.mark.parametrize('text', ['né', '王 and 👩‍👩‍👧‍👦', 'e\u0301 \U0001d49c'])
-def test_a_character_that_is_split_over_tokens_is_said_when_it_is_whole(text):
-    tok, said, given = Tokenizer.byte(), [], []
-
-    def tokens():
-        for byte in text.encode():
-            given.append(byte)
-            yield byte
-            whole = bytes(given).decode(errors='ignore')  # of a prefix, the characters that are complete
-            assert ''.join(said) == whole
-    for piece in sample.spoken(tokens(), tok):
-        said.append(piece)
-    assert ''.join(said) == text and '\ufffd' not in ''.join(said)
-
-
-def test_bytes_that_are_no_character_are_said_as_python_decodes_them():
-    for data in (b'a\xffb', b'\xe7\x8e', b'\xe7\x8ea\x80', b'\xf0\x9f\x91\xe7\x8e\x8b'):
-        assert ''.join(sample.spoken(data, Tokenizer.byte())) == data.decode(errors='replace')
-
-
-def test_what_is_said_ends_before_a_stop_token():
-    tok = Tokenizer.byte()
-    end, drawn = tok.special['<|end|>'], iter([*b'yes', tok.special['<|end|>'], *b'no'])
-    assert ''.join(sample.spoken(drawn, tok, [end])) == 'yes' and bytes(drawn) == b'no'  # and no token more is drawn
-
-
-def test_control_characters_by_which_a_terminal_is_driven_are_not_said(run):
-    evil = 'a\x1b[2Jb\x9b31mc\x07\x08\r\x00d\ne\tf\x7f'
-    harmless = 'a[2Jb31mcd\ne\tf'
-    assert ''.join(sample.spoken(evil.encode(), Tokenizer.byte())) == harmless
-    for how in ('--stream=True', '--stream=False'):
-        text, = samples(f'--out_dir={run}', '--start=a\x1b[2Jb\x9b31mc\x07\x08\rd\ne\tf\x7f', '--num_samples=1',
-                        '--max_new_tokens=80', how)
-        assert text.startswith(harmless) and not set(text) & set('\x1b\x9b\x07\x08\r\x7f')
-
-
-# -----------------------------------------------------------------------------
-# Prompts, and conversations
-
-def jsonl(path, rows=None):
-    if rows is not None:
-        path.write_text(''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows), encoding='utf-8')
-    return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
 
 
 def user(text):
     return {'role': 'user', 'content': text}
 
 
-def test_each_prompt_of_a_file_gets_the_answer_it_would_get_alone(babble, tmp_path):
-    tok, asked = Tokenizer.byte(), [{'prompt': p, 'id': i} for i, p in enumerate(['the king', 'a', '王 né ' * 2])]
-    asked[1]['messages'] = [user('a'), {'role': 'assistant', 'content': 'which was answered before'}]
-    jsonl(tmp_path / 'asked.jsonl', asked)
-    args = [*CPU, f'--out_dir={babble}', '--temperature=0', '--max_new_tokens=8', f'--prompts={tmp_path}/asked.jsonl']
-    for name, size in (('new/a', 32), ('b', 1)):
-        said = ok(call('sample.py', *args, f'--answers={tmp_path}/{name}.jsonl', f'--batch_size={size}'))
-        assert said.splitlines()[-1] == f'3 answers written to {tmp_path}/{name}.jsonl'
-    alone = [tok.decode(likeliest(babble, render_chat([user(row['prompt'])], tok)[0], 8)) for row in asked]
-    expected = [{**row, 'response': text.split('<|end|>')[0]} for row, text in zip(asked, alone)]
-    assert jsonl(tmp_path / 'new' / 'a.jsonl') == jsonl(tmp_path / 'b.jsonl') == expected
+def assistant(text):
+    return {'role': 'assistant', 'content': text}
+
+
+def write_jsonl(path, rows):
+    lines = [json.dumps(row, ensure_ascii=False) + '\n' for row in rows]
+    path.write_text(''.join(lines), encoding='utf-8')
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+
+
+# -----------------------------------------------------------------------------
+# Continuing a text
+
+def test_the_command_line_continues_a_text_and_a_chat_ends_with_its_input(trained_run):
+    args = [f'--out_dir={trained_run}', '--start=the king ', '--num_samples=2',
+            '--max_new_tokens=40']
+    text_process = start('sample.py', *args, *CPU)
+    chat_process = start('sample.py', f'--out_dir={trained_run}', '--chat=True',
+                         '--max_new_tokens=8', *CPU, stdin=subprocess.PIPE)
+    text_result = finish(text_process)
+    chat_result = finish(chat_process, 'the king\n/reset\n')
+
+    _, text = ok(text_result).split('\n', 1)
+    assert text.split(f'\n{SEPARATOR}\n') == [*sample_texts(*args), '']
+    assert text.startswith('the king ')
+    assert text_result.stderr == ''
+
+    greeting, response, after_reset, last = ok(chat_result).split('> ')
+    assert 'device cpu' in greeting
+    assert len(response) > 1
+    assert (after_reset, last, chat_result.stderr) == ('', '\n', '')
+
+
+def test_temperature_0_top_k_1_and_a_tiny_top_p_all_sample_the_most_probable_tokens(random_run):
+    args = [f'--out_dir={random_run}', '--start=the king ', '--max_new_tokens=20']
+    ids = greedy_ids(random_run, b'the king ', 20)
+    expected = 'the king ' + printable(Tokenizer.byte().decode(ids))
+    assert sample_texts(*args, '--temperature=0', '--num_samples=2') == [expected] * 2
+    for setting in ('--top_k=1', '--top_p=1e-6'):
+        assert sample_texts(*args, setting, '--num_samples=1') == [expected]
+    uncached = sample_texts(*args, '--temperature=0', '--use_cache=False', '--num_samples=1')
+    assert uncached == [expected]
+
+
+def test_the_same_seed_repeats_the_samples_and_another_seed_changes_them(trained_run):
+    args = [f'--out_dir={trained_run}', '--num_samples=2', '--max_new_tokens=40']
+    first = sample_texts(*args, '--seed=1')
+    assert first == sample_texts(*args, '--seed=1')
+    assert first[0] != first[1]
+    assert not set(first) & set(sample_texts(*args, '--seed=2'))
+
+
+def test_init_from_names_a_run_as_out_dir_does(trained_run):
+    args = ['--num_samples=1', '--max_new_tokens=40']
+    by_init_from = sample_texts(f'--init_from={trained_run}', *args)
+    assert by_init_from == sample_texts(f'--out_dir={trained_run}', *args)
+
+
+@pytest.mark.parametrize('fixture', ['trained_run', 'random_run', 'random_run_16'])
+def test_streaming_prints_the_text_that_sampling_at_once_prints(request, fixture):
+    # The samples contain invalid UTF-8 and are longer than the context.
+    folder = request.getfixturevalue(fixture)
+    args = [f'--out_dir={folder}', '--max_new_tokens=80', '--start=né 王']
+    first, second = sample_texts(*args, '--num_samples=2', '--stream=True')
+    assert [first] == sample_texts(*args, '--num_samples=1')
+    assert first != second
+
+
+def test_the_start_may_be_a_file_whose_bytes_are_all_used(random_run, tmp_path):
+    path = tmp_path / 'start.txt'
+    path.write_bytes('the né\r\n\tking'.encode())
+    [text] = sample_texts(f'--out_dir={random_run}', f'--start=FILE:{path}', '--num_samples=1',
+                          '--temperature=0')
+    # The model reads the carriage return, although it is not printed.
+    ids = greedy_ids(random_run, 'the né\r\n\tking'.encode(), 10)
+    assert ids != greedy_ids(random_run, 'the né\n\tking'.encode(), 10)
+    continuation = printable(Tokenizer.byte().decode(ids)).rstrip('\ufffd')
+    assert text.startswith('the né\n\tking' + continuation)
+
+    missing = f'{tmp_path}/no.txt'
+    result = call('sample.py', *CPU, f'--out_dir={random_run}', f'--start=FILE:{missing}')
+    assert missing in one_line(result)
+
+
+def test_an_empty_start_and_endoftext_are_the_beginning_of_a_document(random_run):
+    tok = Tokenizer.byte()
+    args = [f'--out_dir={random_run}', '--num_samples=1', '--max_new_tokens=10',
+            '--temperature=0']
+    ids = greedy_ids(random_run, [tok.special['<|endoftext|>']], 10)
+    expected = printable(tok.decode(ids))
+    assert sample_texts(*args, '--start=') == [expected]
+    assert sample_texts(*args, '--start=<|endoftext|>') == ['<|endoftext|>' + expected]
+
+
+def test_the_start_is_truncated_to_learned_positions_and_that_is_printed_once(random_run_16):
+    args = [*CPU, f'--out_dir={random_run_16}', '--temperature=0', '--max_new_tokens=4',
+            '--num_samples=1']
+    last_16 = 'aaaathe king is '
+    long_output = ok(call('sample.py', *args, '--start=' + 'b' * 36 + last_16))
+    short_output = ok(call('sample.py', *args, f'--start={last_16}'))
+    assert long_output.count('truncated') == 1
+    assert 'truncated the start from 52 to 16 tokens\n' in long_output
+    assert 'truncated' not in short_output
+    # The last 16 tokens are continued.
+    assert long_output.split(last_16)[1] == short_output.split(last_16)[1]
+
+
+def test_a_missing_run_is_an_error_of_one_line_that_names_it(tmp_path):
+    message = one_line(call('sample.py', f'--out_dir={tmp_path}/no'))
+    assert f'{tmp_path}/no: no such checkpoint' in message
+
+
+# -----------------------------------------------------------------------------
+# Text in the terminal
+
+@pytest.mark.parametrize('text', ['né', '王 and 👩‍👩‍👧‍👦', 'e\u0301 \U0001d49c'])
+def test_a_character_split_over_several_tokens_is_printed_when_it_is_complete(text):
+    printed = []
+    received = []
+
+    def tokens():
+        for byte in text.encode():
+            received.append(byte)
+            yield byte
+            # Python ignores the incomplete character at the end.
+            complete = bytes(received).decode(errors='ignore')
+            assert ''.join(printed) == complete
+
+    for piece in sample.printed_text(tokens(), Tokenizer.byte()):
+        printed.append(piece)
+    assert ''.join(printed) == text
+    assert '\ufffd' not in ''.join(printed)
+
+
+@pytest.mark.parametrize('data', [
+    b'a\xffb', b'\xe7\x8e', b'\xe7\x8ea\x80', b'\xf0\x9f\x91\xe7\x8e\x8b'])
+def test_invalid_utf8_is_printed_as_python_decodes_it(data):
+    printed = ''.join(sample.printed_text(data, Tokenizer.byte()))
+    assert printed == data.decode(errors='replace')
+
+
+def test_printing_ends_before_a_stop_token_and_samples_no_further_token():
+    tok = Tokenizer.byte()
+    end = tok.special['<|end|>']
+    tokens = iter([*b'yes', end, *b'no'])
+    assert ''.join(sample.printed_text(tokens, tok, [end])) == 'yes'
+    assert bytes(tokens) == b'no'  # these were not taken
+
+
+def test_control_characters_that_could_drive_a_terminal_are_not_printed(trained_run):
+    evil = 'a\x1b[2Jb\x9b31mc\x07\x08\r\x00d\ne\tf\x7f'
+    harmless = 'a[2Jb31mcd\ne\tf'
+    assert ''.join(sample.printed_text(evil.encode(), Tokenizer.byte())) == harmless
+    for setting in ('--stream=True', '--stream=False'):
+        # An argument cannot contain a null character.
+        [text] = sample_texts(f'--out_dir={trained_run}', '--start=' + evil.replace('\x00', ''),
+                              '--num_samples=1', '--max_new_tokens=80', setting)
+        assert text.startswith(harmless)
+        assert not set(text) & set('\x1b\x9b\x07\x08\r\x7f')
+
+
+# -----------------------------------------------------------------------------
+# Prompts that do not fit the context
+
+def test_a_prompt_may_have_the_tokens_that_the_response_leaves_of_the_context():
+    tok = Tokenizer.byte()
+    assert sample.prompt_limit(tok, block_size=32, max_new_tokens=8) == 24
+    assert sample.prompt_limit(tok, block_size=128, max_new_tokens=1) == 127
+
+
+@pytest.mark.parametrize('block_size', [8, 16, 31, 32, 100])
+@pytest.mark.parametrize('max_new_tokens', [1, 8, 31, 32, 33, 1000])
+def test_a_prompt_keeps_at_least_the_chat_markers_and_half_of_the_context(
+        block_size, max_new_tokens):
+    tok = Tokenizer.byte()
+    limit = sample.prompt_limit(tok, block_size, max_new_tokens)
+    markers = ['<|user|>', '<|end|>', '<|assistant|>']
+    least = len(markers) + block_size // 2
+    assert limit == max(least, block_size - max_new_tokens)
+    assert limit <= block_size
+
+    question = 'q' * 200
+    [ids] = sample.encode_prompts([[user(question)]], tok, block_size, max_new_tokens)
+    assert len(ids) == limit
+    assert ids[-2:] == [tok.special['<|end|>'], tok.special['<|assistant|>']]
+    n_letters = sum(id == ord('q') for id in ids)
+    assert n_letters >= block_size // 2
+
+
+@pytest.mark.parametrize('block_size', [1, 2, 3])
+def test_a_context_that_leaves_nothing_of_a_question_is_an_error(block_size):
+    tok = Tokenizer.byte()
+    message = (f'block_size {block_size} leaves nothing of a question: the chat format alone '
+               'takes 3 tokens; use a model with a larger block_size')
+    with pytest.raises(ValueError) as error:
+        sample.prompt_limit(tok, block_size, max_new_tokens=1)
+    assert str(error.value) == message
+    with pytest.raises(ValueError, match='leaves nothing of a question'):
+        sample.encode_prompts([[user('a')]], tok, block_size, max_new_tokens=1)
+    assert sample.prompt_limit(tok, block_size=4, max_new_tokens=1000) == 4
+
+
+def test_truncate_prompts_keeps_the_last_tokens_and_counts_the_truncated_prompts():
+    prompts = [[1, 2, 3], [1, 2, 3, 4], [], [5, 6, 7, 8, 9]]
+    truncated, n_truncated = sample.truncate_prompts(prompts, 3)
+    assert truncated == [[1, 2, 3], [2, 3, 4], [], [7, 8, 9]]
+    assert n_truncated == 2
+    assert prompts[1] == [1, 2, 3, 4]  # the arguments are unchanged
+
+
+def test_encode_prompts_returns_chats_truncated_on_the_left_and_prints_how_many(capsys):
+    tok = Tokenizer.byte()
+    history = [user('b' * 20), assistant('yes'), user('why')]
+    conversations = [[user('a' * n)] for n in (1, 16, 17, 50)] + [history]
+    chats = [render_chat(messages, tok)[0] for messages in conversations]
+    prompts = sample.encode_prompts(conversations, tok, block_size=32, max_new_tokens=30)
+    assert prompts == [ids[-19:] for ids in chats]
+    assert [len(ids) for ids in prompts] == [4, 19, 19, 19, 19]
+    assert capsys.readouterr().out == 'truncated 3 of 5 prompts to 19 tokens\n'
+
+    quiet = sample.encode_prompts(conversations, tok, 32, 30, verbose=False)
+    assert quiet == prompts
+    assert sample.encode_prompts(conversations[:2], tok, 32, 30) == chats[:2]
+    assert capsys.readouterr().out == ''
+
+
+# -----------------------------------------------------------------------------
+# Responses
+
+def test_pad_left_puts_minus_one_before_shorter_rows():
+    assert sample.pad_left([[1], [2, 3]]).tolist() == [[-1, 1], [2, 3]]
+
+
+def test_responses_in_a_batch_equal_those_of_each_prompt_alone_and_keep_the_order():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=32))
+    tok = Tokenizer.byte()
+    end = tok.special['<|end|>']
+    prompts = [sample.prompt_ids([user(text)], tok) for text in ('ab', '', 'much longer')]
+    # A batch holds prompts of similar length, so the order in batches is another one.
+    together = sample.answer(model, tok, prompts, 6, batch_size=2, temperature=0)
+    for prompt, response in zip(prompts, together, strict=True):
+        out = model.generate(torch.tensor([prompt]), 6, temperature=0, stop=[end])
+        ids = out[0, len(prompt):].tolist()
+        text = tok.decode([token for token in ids if token != end])
+        assert response == (text, end in ids)
+
+
+def test_exact_match_is_the_share_of_equal_texts_and_none_if_a_gold_response_is_unknown():
+    assert sample.exact_match(['a', 'b', 'c ', 'd'], ['a', 'x', 'c', 'd']) == 0.5
+    assert sample.exact_match(['a', 'b'], ['a', None]) is None
+
+
+class CountOfX(torch.nn.Module):
+    """A reward model whose score is the number of the letter x in the response."""
+
+    def __init__(self, block_size):
+        super().__init__()
+        self.trunk = GPT(GPTConfig(block_size=block_size, n_layer=1, n_head=1, n_embd=4))
+
+    def forward(self, idx, mask):
+        return ((idx == ord('x')) & (mask > 0)).sum(dim=1).float()
+
+
+def test_best_of_n_keeps_the_response_with_the_highest_score():
+    conversations = [[user('xxxxxx')], [user('a'), assistant('xxx'), user('b')]]
+    texts = ['ax', 'xx', '', 'a longer x', 'xaxax', 'x']
+    responses = [(text, True) for text in texts]
+    best = sample.best_of_n(CountOfX(64), Tokenizer.byte(), conversations, responses, -3.0)
+    assert best == ['xx', 'xaxax']
+
+
+def test_best_of_n_replaces_the_score_of_an_unfinished_response():
+    def best(missing_end_score, *responses):
+        [text] = sample.best_of_n(CountOfX(64), Tokenizer.byte(), [[user('a')]], responses,
+                                  missing_end_score)
+        return text
+
+    assert best(-3.0, ('xxxx', False), ('x', True), ('xx', True)) == 'xx'
+    assert best(-3.0, ('xxxx', False), ('none', True)) == 'none'  # 0 is above -3
+    assert best(0.5, ('xxxx', False), ('none', True)) == 'xxxx'   # 0 is below 0.5
+    assert best(1.5, ('xxxx', False), ('x', True), ('xx', True)) == 'xx'
+    assert best(-3.0, ('xxxx', False), ('x', False)) in ('xxxx', 'x')
+
+
+def test_best_of_n_scores_the_last_block_of_a_long_conversation():
+    # 12 tokens hold <|assistant|>, a response of 10 letters and <|end|>, and nothing before.
+    scored = []
+
+    class Recorder(CountOfX):
+        def forward(self, idx, mask):
+            scored.append((idx.tolist(), mask.tolist()))
+            return super().forward(idx, mask)
+
+    tok = Tokenizer.byte()
+    responses = [('x' * 10, True), ('a', True)]
+    best = sample.best_of_n(Recorder(12), tok, [[user('q' * 40)]], responses, -3.0)
+    assert best == ['x' * 10]
+    [(idx, mask)] = scored
+    for row, row_mask, (text, _) in zip(idx, mask, responses, strict=True):
+        ids, loss_mask = render_chat([user('q' * 40), assistant(text)], tok)
+        assert row == ids[-12:]
+        assert row_mask == loss_mask[-12:]
+
+
+@pytest.mark.parametrize('causal', [True, False])
+def test_best_of_n_in_batches_agrees_with_scores_of_single_responses(causal):
+    torch.manual_seed(0)
+    scorer = RewardModel(GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=32,
+                                       causal=causal))).eval()
+    tok = Tokenizer.byte()
+    conversations = [[user('ab')], [user('a longer one')]]
+    texts = ['a', 'bcd', 'efghi', '', 'xy', 'longest']
+    responses = [(text, True) for text in texts]
+    expected = []
+    for i, messages in enumerate(conversations):
+        scores = {}
+        for text in texts[3 * i:3 * i + 3]:
+            ids, mask = render_chat([*messages, assistant(text)], tok)
+            with torch.no_grad():
+                scores[text] = scorer(torch.tensor([ids]), torch.tensor([mask])).item()
+        expected.append(max(scores, key=scores.get))
+    assert sample.best_of_n(scorer, tok, conversations, responses, -math.inf) == expected
+
+
+# -----------------------------------------------------------------------------
+# A file of prompts
+
+def test_each_prompt_of_a_file_gets_the_response_it_would_get_alone(random_run, tmp_path):
+    tok = Tokenizer.byte()
+    texts = ['the king', 'a', '王 né ' * 2]
+    rows = [{'prompt': text, 'id': i} for i, text in enumerate(texts)]
+    # A response that the conversation already has is not part of the prompt.
+    rows[1]['messages'] = [user('a'), assistant('an earlier response')]
+    write_jsonl(tmp_path / 'prompts.jsonl', rows)
+    args = [*CPU, f'--out_dir={random_run}', '--temperature=0', '--max_new_tokens=8',
+            f'--prompts={tmp_path}/prompts.jsonl']
+    for name, batch_size in (('new/a', 32), ('b', 1)):
+        out = f'{tmp_path}/{name}.jsonl'
+        printed = ok(call('sample.py', *args, f'--answers={out}', f'--batch_size={batch_size}'))
+        assert printed.splitlines()[-1] == f'3 responses written to {out}'
+
+    # Each line is the line of the prompts file with a "response".
+    expected = []
+    for row, text in zip(rows, texts, strict=True):
+        prompt, _ = render_chat([user(text)], tok)
+        response = tok.decode(greedy_ids(random_run, prompt, 8)).split('<|end|>')[0]
+        expected.append({**row, 'response': response})
+    assert read_jsonl(tmp_path / 'new' / 'a.jsonl') == expected
+    assert read_jsonl(tmp_path / 'b.jsonl') == expected
     assert len({row['response'] for row in expected}) == 3
 
 
-def test_a_bad_line_of_prompts_is_named_and_nothing_is_answered(run, tmp_path):
-    (tmp_path / 'asked.jsonl').write_text('{"prompt": "a"}\n{"question": "b"}\n')
-    message = one_line(call('sample.py', *CPU, f'--out_dir={run}', f'--prompts={tmp_path / "asked.jsonl"}',
-                            f'--answers={tmp_path / "a.jsonl"}'))
-    assert 'asked.jsonl:2' in message and "'prompt'" in message and not (tmp_path / 'a.jsonl').exists()
+def test_the_number_of_truncated_prompts_of_a_file_is_printed_once(random_run_16, tmp_path):
+    write_jsonl(tmp_path / 'prompts.jsonl', [{'prompt': 'b' * n} for n in (40, 2, 41)])
+    printed = ok(call('sample.py', *CPU, f'--out_dir={random_run_16}', '--temperature=0',
+                      '--max_new_tokens=4', f'--prompts={tmp_path}/prompts.jsonl',
+                      f'--answers={tmp_path}/a.jsonl'))
+    assert printed.count('truncated 2 of 3 prompts to 12 tokens\n') == 1
+    assert len(read_jsonl(tmp_path / 'a.jsonl')) == 3
 
 
-def chat(run, stdin, *args):
-    """The answers of a conversation that is piped in."""
-    said = ok(call('sample.py', *CPU, f'--out_dir={run}', '--chat=True', '--temperature=0', '--max_new_tokens=8', *args,
-                   stdin=stdin))
-    hello, *answers, last = said.split('\n', 1)[1].split('> ')
-    assert '/reset' in hello and last == '\n'
-    return answers
+def test_a_bad_line_of_prompts_is_named_and_nothing_is_written(trained_run, tmp_path):
+    path = tmp_path / 'prompts.jsonl'
+    path.write_text('{"prompt": "a"}\n{"text": "b"}\n', encoding='utf-8')
+    args = [*CPU, f'--out_dir={trained_run}', f'--prompts={path}']
+    message = one_line(call('sample.py', *args, f'--answers={tmp_path}/a.jsonl'))
+    assert 'prompts.jsonl:2' in message
+    assert "'prompt'" in message
+    assert not (tmp_path / 'a.jsonl').exists()
+
+    # Earlier responses stay as they are.
+    (tmp_path / 'a.jsonl').write_text('{"response": "earlier"}\n', encoding='utf-8')
+    one_line(call('sample.py', *args, f'--answers={tmp_path}/a.jsonl'))
+    assert read_jsonl(tmp_path / 'a.jsonl') == [{'response': 'earlier'}]
 
 
-def test_a_conversation_is_remembered_until_reset(babble):
+def test_answers_that_cannot_be_written_are_an_error_before_any_response(
+        trained_run, tmp_path, monkeypatch):
+    write_jsonl(tmp_path / 'prompts.jsonl', [{'prompt': 'a'}])
+    (tmp_path / 'folder').mkdir()
+
+    def generate(*args, **kwargs):
+        raise AssertionError('generated before the output was tried')
+    monkeypatch.setattr(GPT, 'generate', generate)
+    message = one_line(call('sample.py', *CPU, f'--out_dir={trained_run}',
+                            f'--prompts={tmp_path}/prompts.jsonl',
+                            f'--answers={tmp_path}/folder'))
+    assert f'{tmp_path}/folder' in message
+
+
+# -----------------------------------------------------------------------------
+# Chat
+
+def chat_output(folder, stdin, max_new_tokens):
+    """The output of a chat after each prompt sign, for an input that is piped in."""
+    printed = ok(call('sample.py', *CPU, f'--out_dir={folder}', '--chat=True', '--temperature=0',
+                      f'--max_new_tokens={max_new_tokens}', stdin=stdin))
+    greeting, *outputs, last = printed.split('\n', 1)[1].split('> ')
+    assert '/reset' in greeting
+    assert last == '\n'
+    return outputs
+
+
+def greedy_response(folder, history, max_new_tokens):
+    """The response to a list of texts, by the user and the assistant in turn."""
     tok = Tokenizer.byte()
+    messages = []
+    for i, text in enumerate(history):
+        messages.append(user(text) if i % 2 == 0 else assistant(text))
+    ids, _ = render_chat(messages, tok)
+    # The context has 32 tokens, of which max_new_tokens are for the response.
+    limit = 32 - max_new_tokens
+    new = greedy_ids(folder, ids[-limit:], max_new_tokens)
+    return printable(tok.decode(new).split('<|end|>')[0])
 
-    def answer(*history):
-        roles = ['user', 'assistant'] * len(history)
-        ids, _ = render_chat([{'role': role, 'content': text} for role, text in zip(roles, history)], tok)
-        return printable(tok.decode(likeliest(babble, ids[-24:], 8)).split('<|end|>')[0])  # 8 of 32 are for the answer
-    first = answer('the')
-    second = answer('the', first, 'a')
-    assert second != answer('a')
-    assert chat(babble, 'the\na\n/reset\n\na\n') == [f'{first}\n', f'{second}\n', '', '', f'{answer("a")}\n']
+
+def test_a_chat_remembers_its_messages_until_reset(random_run):
+    first = greedy_response(random_run, ['the'], 4)
+    second = greedy_response(random_run, ['the', first, 'a'], 4)
+    alone = greedy_response(random_run, ['a'], 4)
+    assert second != alone
+    outputs = chat_output(random_run, 'the\na\n/reset\n\na\n', max_new_tokens=4)
+    assert outputs == [f'{first}\n', f'{second}\n', '', '', f'{alone}\n']
 
 
-def test_ctrl_c_stops_an_answer_and_not_the_conversation(run, monkeypatch, capsys):
-    model, tok = load_model(str(run), {})
-    said, asked = iter(['hi', 'and?']), []
+def test_a_long_chat_continues_with_its_last_tokens_and_that_is_printed_once(random_run):
+    first = greedy_response(random_run, ['the king of'], 8)
+    history = ['the king of', first, 'the queen of']
+    second = greedy_response(random_run, history, 8)
+    third = greedy_response(random_run, [*history, second, 'a stone'], 8)
+    messages = [user(history[0]), assistant(first), user(history[2])]
+    ids, _ = render_chat(messages, Tokenizer.byte())
+    assert len(ids) > 24
+    note = (f'[the conversation has {len(ids)} tokens; the last 24 are used, because block_size '
+            'is 32]\n')
+    outputs = chat_output(random_run, 'the king of\nthe queen of\na stone\n', max_new_tokens=8)
+    assert outputs == [f'{first}\n', f'{note}{second}\n', f'{third}\n']
 
-    def read(prompt):
+
+def test_ctrl_c_stops_a_response_and_not_the_chat(trained_run, monkeypatch, capsys):
+    model, tok = load_model(str(trained_run), {})
+    messages = iter(['hi', 'and?'])
+    prompts = []
+
+    def read_message(prompt_sign):
         try:
-            return next(said)
+            return next(messages)
         except StopIteration:
-            raise EOFError
+            raise EOFError from None
 
-    def stream(idx, stop):
-        asked.append(tok.decode(idx[0].tolist()))
+    def stream(idx, max_new_tokens, stop, suppress):
+        assert suppress == []  # the byte tokenizer has all ids of the model
+        prompts.append(tok.decode(idx[0].tolist()))
         yield from torch.tensor([*b'yes'])
-        if len(asked) == 1:
+        if len(prompts) == 1:
             raise KeyboardInterrupt
-    monkeypatch.setattr('builtins.input', read)
-    monkeypatch.setattr(sample, 'run', types.SimpleNamespace(device='cpu'), raising=False)
-    monkeypatch.setattr(sample, 'max_new_tokens', 0)
-    sample.converse(model, tok, stream)
-    assert capsys.readouterr().out.splitlines()[1:] == ['yes [stopped]', 'yes', '']
-    assert asked[1] == ('<|user|>hi<|end|><|assistant|>yes<|end|><|user|>and?<|end|><|assistant|>')[-len(asked[1]):]
+
+    monkeypatch.setattr('builtins.input', read_message)
+    monkeypatch.setattr(model, 'stream', stream)
+    sample.chat_loop(model, tok, {'max_new_tokens': 1})
+    assert capsys.readouterr().out.splitlines()[-3:] == ['yes [stopped]', 'yes', '']
+    conversation = '<|user|>hi<|end|><|assistant|>yes<|end|><|user|>and?<|end|><|assistant|>'
+    assert prompts == ['<|user|>hi<|end|><|assistant|>', conversation]
 
 
-def test_a_prompt_longer_than_the_context_is_cut_on_the_left_and_that_is_said_once(babble16, tmp_path):
-    args = [*CPU, f'--out_dir={babble16}', '--temperature=0', '--max_new_tokens=4', '--num_samples=1']
-    end = 'aaaathe king is '
-    said, short = (ok(call('sample.py', *args, f'--start={text}')) for text in ('b' * 36 + end, end))
-    assert said.count('cut') == 1 and '[a prompt of 52 tokens is cut on the left to 16; block_size is 16]' in said
-    assert 'cut' not in short and said.split(end)[1] == short.split(end)[1]  # its end is what is continued
-    jsonl(tmp_path / 'asked.jsonl', [{'prompt': 'b' * n} for n in (40, 2, 41)])
-    said = ok(call('sample.py', *args, f'--prompts={tmp_path}/asked.jsonl', f'--answers={tmp_path}/a.jsonl'))
-    assert said.count('cut') == 1 and len(jsonl(tmp_path / 'a.jsonl')) == 3
-
-
-def test_however_long_the_answer_may_be_half_of_the_context_is_left_to_the_prompt():
-    model = types.SimpleNamespace(config=types.SimpleNamespace(block_size=32))
-    ids = list(range(100))
-    assert sample.fit(ids, model, 8) == ids[-24:] and sample.fit(ids, model, 300) == ids[-16:]
-    assert sample.fit(ids[:16], model, 300) == ids[:16]
-
-
-def test_a_model_without_chat_tokens_says_so(run, tmp_path):
-    checkpoint = load_checkpoint(str(run))
-    tok = Tokenizer({byte: bytes([byte]) for byte in range(256)}, special={'<|endoftext|>': 260})
+def test_a_chat_with_a_model_without_chat_tokens_is_an_error_of_one_line(trained_run, tmp_path):
+    checkpoint = load_checkpoint(str(trained_run))
+    tokens = {byte: bytes([byte]) for byte in range(256)}
+    tok = Tokenizer(tokens, special={'<|endoftext|>': 260})
     save_checkpoint(str(tmp_path), {**checkpoint, 'tokenizer': tok.to_dict()})
     result = call('sample.py', *CPU, f'--out_dir={tmp_path}', '--chat=True', stdin='hello\n')
-    assert 'no special tokens for chats' in one_line(result)
+    assert 'the tokenizer has no special tokens for chats' in one_line(result)

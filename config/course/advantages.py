@@ -1,13 +1,27 @@
-# Three baselines for one policy gradient: a critic's value of each token (GAE, arXiv 1506.02438); the mean score of the
-# other answers to the prompt (RLOO, 2402.14740); the mean of all, over their spread (GRPO, 2402.03300). All see as many
-# answers an iteration; the last two see a quarter of the prompts, four times each, and train no critic.
-# for a in gae rloo grpo; do python ppo.py config/wordplay/ppo.py config/course/advantages.py --adv=$a --out_dir=out/adv_$a; done
-# python configurator.py out/adv_gae out/adv_rloo out/adv_grpo --metrics=objective/gold,objective/score,objective/kl_exact
+# Three baselines for the policy gradient: the value of each token, from a critic (GAE, arXiv
+# 1506.02438); the mean score of the other responses to the same prompt (RLOO, 2402.14740); the mean
+# score of all responses to the prompt, where the difference is then divided by their standard
+# deviation (GRPO, 2402.03300). All three use the same number of responses per iteration. RLOO and
+# GRPO train no critic and use a quarter of the prompts, each with four responses.
 #
-# Needs out/sft and out/reward, of config/wordplay/sft.py and reward.py.
-# Result: right by sampling 0.635 before; then 0.918 at 0.358 nats an answer with the critic, 0.921 at 0.352 with RLOO, 0.924 at
-# 0.351 with GRPO; after 60 iterations (config/wordplay, another seed) they have 0.947, 0.936 and 0.938. Two minutes each on one
-# core of the 2-core CPU with AVX-512.
+#     for a in gae rloo grpo; do
+#         python ppo.py config/wordplay/ppo.py config/course/advantages.py --adv=$a \
+#             --out_dir=out/adv_$a
+#     done
+#     python assets/draw.py out/adv_gae out/adv_rloo out/adv_grpo \
+#         --metrics=objective/gold,objective/score,objective/kl_exact
+#
+# It needs out/sft and out/reward, made with config/wordplay/sft.py and config/wordplay/reward.py.
+#
+# Result: sampled exact match 0.635 before, and after 40 iterations, with the KL in nats per
+# response:
+#
+#                          critic    RLOO    GRPO
+#     sampled exact match   0.918   0.921   0.924
+#     KL                    0.358   0.352   0.351
+#
+# After 60 iterations with another seed (config/wordplay): 0.947, 0.936 and 0.938. Two minutes per
+# run on one core of a 2-core CPU with AVX-512.
 
 max_iters = 40
 eval_interval = 20

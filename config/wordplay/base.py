@@ -1,10 +1,14 @@
-# The chain on wordplay, 1 of 4: a small language model of bytes, learned from the plays, for the next stages to stand on.
-# python train.py config/wordplay/base.py
+# Wordplay, stage 1 of 4: a small language model of bytes, trained on the plays. The next stages
+# start from it.
 #
-# Result: 1.685 nats a byte on the held-out plays, in 100 s on one core.
+#     python train.py config/wordplay/base.py
+#
+# Result: 1.685 nats per byte on the held-out plays, after 100 s on one core.
 
 out_dir = 'out/bytes'
 tokenizer = 'byte'
 max_iters = 300
 eval_interval = 150
-rope_base = 200.0  # at 10,000 half the channels hardly turn within the 50 bytes of an exercise; so sums are learned sooner
+# An exercise has about 50 bytes. At the usual base of 10,000, half of the channels hardly rotate
+# within them; at 200 they do, and addition is learned sooner.
+rope_base = 200.0

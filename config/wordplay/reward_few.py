@@ -1,7 +1,9 @@
-# A reward model of 400 pairs only, learned by heart, for hacking.py to exploit.
-# python reward.py config/wordplay/reward_few.py
+# A reward model trained on only 400 pairs, until it has memorised them. config/wordplay/hacking.py
+# shows what PPO does with it.
 #
-# Result: all 400 right, and 0.57 of held-out pairs, in a minute: a judge that is easily fooled.
+#     python reward.py config/wordplay/reward_few.py
+#
+# Result, in a minute: accuracy 1.00 on its 400 pairs, 0.57 on held-out pairs.
 
 out_dir = 'out/reward_few'
 max_pairs = 400

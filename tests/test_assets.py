@@ -1,0 +1,237 @@
+"""
+What the scripts in assets/ promise: the comparison of runs and their curves (draw.py), the
+attention maps (draw_attention.py) and the picture of the pipeline (draw_pipeline.py). Independent
+of them: the lines that matplotlib was given, and the outputs of the model's attention layers.
+"""
+import math
+import sys
+
+import pytest
+import torch
+
+from assets.draw import compare, draw_curves
+from assets.draw_attention import attention_maps
+from configurator import Logger, save_checkpoint
+from conftest import call, ok, one_line
+from model import GPT, GPTConfig
+
+# -----------------------------------------------------------------------------
+# draw.py
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """A list to which every figure that matplotlib saves is added."""
+    from matplotlib.figure import Figure
+    saved = []
+    savefig = Figure.savefig
+
+    def record(figure, *args, **kwargs):
+        saved.append(figure)
+        savefig(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, 'savefig', record)
+    return saved
+
+
+def write_run(folder, losses, stage=None, **config):
+    """Write the log and the checkpoint of a run with these losses and settings."""
+    logger = Logger(str(folder), {})
+    for step, loss in enumerate(losses):
+        logger.log(step, {'loss': loss, 'lr': 0.1})
+    logger.write({'final': {'val_loss': losses[-1], 'steps': len(losses), 'bad': math.nan}})
+    save_checkpoint(folder, {
+        'stage': stage, 'step': len(losses), 'model': {}, 'model_args': {}, 'optimizer': [],
+        'tokenizer': {}, 'config': {'out_dir': str(folder), **config}})
+    return str(folder)
+
+
+def panels_of(figure):
+    """{title of the panel: {label of the curve: (steps, values)}} of a figure."""
+    panels = {}
+    for axis in figure.axes:
+        panels[axis.get_title()] = {
+            line.get_label(): (line.get_xdata().tolist(), line.get_ydata().tolist())
+            for line in axis.lines}
+    return panels
+
+
+def test_the_curves_of_a_run_are_drawn_losses_first_without_values_that_are_not_finite(
+        tmp_path, figures):
+    import matplotlib.image
+    folder = write_run(tmp_path / 'run', [3.0, 2.0, math.nan, 1.0])
+    path = tmp_path / 'curves.png'
+    draw_curves([folder], str(path))
+    height, width, _ = matplotlib.image.imread(path).shape
+    assert width > 500 and height > 100
+    panels = panels_of(figures[0])
+    assert list(panels) == ['loss', 'lr']
+    assert panels['loss'] == {folder: ([0, 1, 3], [3.0, 2.0, 1.0])}
+
+
+def test_the_axes_are_labelled_with_units(tmp_path, figures):
+    folder = write_run(tmp_path / 'run', [3.0, 2.0])
+    Logger(folder, {}, step=2).log(2, {'val_loss': 2.0, 'moe/layer_0/expert_0': 0.5})
+    draw_curves([folder], str(tmp_path / 'curves.png'))
+    labels = {axis.get_title(): axis.get_ylabel() for axis in figures[0].axes}
+    assert labels == {'loss': 'nats', 'val_loss': 'nats per token', 'lr': 'learning rate',
+                      'moe/layer_0': 'share of tokens'}
+    assert all(axis.get_xlabel() == 'step' for axis in figures[0].axes)
+
+
+def test_without_matplotlib_one_line_is_printed_and_nothing_is_drawn(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    path = tmp_path / 'curves.png'
+    draw_curves([str(tmp_path)], str(path))
+    assert capsys.readouterr().out == f'{path} not drawn: it needs pip install matplotlib\n'
+    assert not path.exists()
+
+
+def test_the_script_prints_the_settings_that_differ_next_to_the_results_and_draws(tmp_path):
+    a = write_run(tmp_path / 'a', [3.0, 2.5], n_layer=2, seed=1, lr=0.1)
+    b = write_run(tmp_path / 'b', [3.0, 2.25], n_layer=4, seed=1, lr=0.1)
+    picture = tmp_path / 'both.png'
+    printed = ok(call('assets/draw.py', a + '/', b, f'--out={picture}'))
+    rows = [line.split() for line in printed.splitlines()]
+    assert rows == [[a, b], ['n_layer', '2', '4'], ['---'] * 3, ['val_loss', '2.5', '2.25'],
+                    ['steps', '2', '2'], ['bad', '-', '-']]
+    assert picture.read_bytes().startswith(b'\x89PNG')
+
+
+def test_the_script_without_folders_or_with_a_folder_without_a_run_is_an_error_of_one_line(
+        tmp_path):
+    run = write_run(tmp_path / 'a', [3.0])
+    missing = tmp_path / 'missing'
+    assert 'name the folders of the runs' in one_line(call('assets/draw.py'))
+    error = one_line(call('assets/draw.py', run, missing))
+    assert error == f'error: {missing}: no run there (no ckpt.pt)\n'
+
+
+def test_runs_of_different_stages_are_compared_in_the_settings_that_they_share(
+        tmp_path, capsys, figures):
+    base = write_run(tmp_path / 'base', [3.0], stage='train', n_layer=2, seed=1, block_size=32)
+    sft = write_run(tmp_path / 'sft', [2.0], stage='sft', n_layer=2, seed=2, test_draws=4)
+    capsys.readouterr()
+    compare([base, sft], str(tmp_path / 'both.png'))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[:4] == [[base, sft], ['stage', 'train', 'sft'], ['seed', '1', '2'], ['---'] * 3]
+    # They differ in too much for a short label, so the curves are labelled by the folders.
+    assert list(panels_of(figures[0])['loss']) == [base, sft]
+
+
+def test_runs_that_differ_only_in_the_seed_are_one_curve_their_mean_in_a_band(tmp_path, figures):
+    folders = [write_run(tmp_path / 'a', [3.0, 2.0], n_layer=2, seed=0),
+               write_run(tmp_path / 'b', [4.0, 2.0], n_layer=2, seed=1),
+               write_run(tmp_path / 'c', [1.0, 1.0], n_layer=3, seed=2)]
+    compare(folders, str(tmp_path / 'all.png'))
+    assert panels_of(figures[-1])['loss'] == {'n_layer 2': ([0, 1], [3.5, 2.0]),
+                                              'n_layer 3': ([0, 1], [1.0, 1.0])}
+    band = figures[-1].axes[0].collections[0].get_paths()[0].vertices
+    at_step_0 = band[band[:, 0] == 0, 1]
+    assert [at_step_0.min(), at_step_0.max()] == [3.0, 4.0]
+
+
+def test_a_picture_shows_the_chosen_metrics_from_the_chosen_step(tmp_path, figures):
+    folders = [write_run(tmp_path / str(i), [3.0, 2.0, 1.0 + i], n_layer=i) for i in range(2)]
+    for folder in folders:
+        Logger(folder, {}, step=3).log(3, {'moe/a/x': 1.0, 'moe/a/y': 2.0})
+    compare(folders, str(tmp_path / 'few.png'), 'loss,moe/a/x', 1)
+    assert panels_of(figures[-1]) == {
+        'loss': {'n_layer 0': ([1, 2], [2.0, 1.0]), 'n_layer 1': ([1, 2], [2.0, 2.0])},
+        'moe/a/x': {'n_layer 0': ([3], [1.0]), 'n_layer 1': ([3], [1.0])}}
+    legend = figures[-1].axes[1].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ['n_layer 0', 'n_layer 1']
+
+
+def test_the_experts_of_a_layer_share_one_panel_per_run(tmp_path, figures):
+    folders = [write_run(tmp_path / str(i), [3.0, 2.0, 1.0], n_layer=i) for i in range(2)]
+    for folder in folders:
+        Logger(folder, {}, step=3).log(3, {'moe/a/x': 1.0, 'moe/a/y': 2.0})
+    compare(folders, str(tmp_path / 'experts.png'), 'moe/a')
+    experts = {'x': ([3], [1.0]), 'y': ([3], [2.0])}
+    assert panels_of(figures[-1]) == {'moe/a (n_layer 0)': experts, 'moe/a (n_layer 1)': experts}
+
+
+def test_nothing_is_drawn_for_a_metric_that_is_not_logged(tmp_path, capsys):
+    folder = write_run(tmp_path / 'run', [3.0])
+    path = tmp_path / 'none.png'
+    compare([folder], str(path), 'los')
+    assert f'{path} not drawn: no los is logged from step 0 on' in capsys.readouterr().out
+    assert not path.exists()
+
+
+# -----------------------------------------------------------------------------
+# draw_attention.py and draw_pipeline.py
+
+SMALL = dict(block_size=16, n_layer=2, n_head=4, n_embd=32)
+ARCHITECTURES = {
+    'rope': dict(pos='rope', qk_norm=False),
+    'qk_norm': dict(pos='rope', qk_norm=True),
+    'learned positions': dict(pos='learned', norm='layernorm', mlp='gelu', bias=True),
+    'grouped queries': dict(pos='rope', n_kv_head=2),
+    'window and sinks': dict(pos='rope', window=2, n_sink=1, attn='manual'),
+    'encoder': dict(causal=False),
+}
+
+
+def test_attention_maps_are_rows_that_sum_to_one_and_never_look_ahead():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, n_layer=2, n_head=2, n_embd=32))
+    maps = attention_maps(model, [5, 6, 7, 8])
+    assert len(maps) == 2 and all(weights.shape == (2, 4, 4) for weights in maps)
+    for weights in maps:
+        assert torch.allclose(weights.sum(-1), torch.ones(2, 4))
+        assert (weights.triu(1) == 0).all()
+
+
+@pytest.mark.parametrize('flags', ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_attention_maps_times_values_are_the_output_of_the_models_own_attention(flags):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SMALL, **flags})).eval()
+    with torch.no_grad():  # larger weights, so that the maps are far from uniform
+        for block in model.h:
+            block.attn.c_attn.weight.mul_(20)
+    projections = []
+    outputs = []
+    for block in model.h:
+        block.attn.c_attn.register_forward_hook(lambda m, inputs, out: projections.append(out[0]))
+        block.attn.register_forward_hook(lambda m, inputs, out: outputs.append(out[0]))
+    ids = [5, 6, 7, 8, 5, 6, 9, 3]
+    maps = attention_maps(model, ids)
+    n_kv_head = flags.get('n_kv_head', 4)
+    for block, weights, projection, output in zip(model.h, maps, projections, outputs):
+        values = projection[:, -8 * n_kv_head:].view(len(ids), n_kv_head, 8).transpose(0, 1)
+        values = values.repeat_interleave(4 // n_kv_head, dim=0)      # (nh, T, hs)
+        heads = (weights @ values).transpose(0, 1).flatten(1)         # (T, nh * hs)
+        assert torch.allclose(block.attn.c_proj(heads), output, atol=1e-5)
+
+
+def test_a_text_longer_than_the_context_is_an_error():
+    model = GPT(GPTConfig(**SMALL))
+    with pytest.raises(ValueError, match='the text has 17 tokens'):
+        attention_maps(model, [1] * 17)
+
+
+def test_the_script_draws_the_maps_of_a_run(small_base, tmp_path):
+    path = tmp_path / 'maps.png'
+    printed = ok(call('assets/draw_attention.py', f'--out_dir={small_base}', f'--out={path}',
+                      '--text=a rose'))
+    assert printed.count('tokens back on average') == 4
+    assert path.read_bytes().startswith(b'\x89PNG')
+
+
+def test_the_script_draws_the_pipeline(tmp_path):
+    path = tmp_path / 'pipeline.png'
+    ok(call('assets/draw_pipeline.py', f'--out={path}'))
+    assert path.read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize('script', ['assets/draw_attention.py', 'assets/draw_pipeline.py'])
+def test_the_scripts_name_matplotlib_if_it_is_missing(script, small_base, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    monkeypatch.setitem(sys.modules, 'matplotlib.patches', None)
+    args = [f'--out={tmp_path / "picture.png"}']
+    if script == 'assets/draw_attention.py':
+        args.append(f'--out_dir={small_base}')
+    assert 'pip install matplotlib' in one_line(call(script, *args))
