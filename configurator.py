@@ -15,6 +15,7 @@ Config files and --key=value arguments override settings, in the order of the co
 """
 import ast
 import contextlib
+import ctypes
 import difflib
 import dis
 import glob
@@ -408,6 +409,20 @@ def can_compile(device_type):
     return shutil.which(os.environ.get('CXX', 'g++')) is not None
 
 
+def keep_freed_memory():
+    """
+    Let the C library of Linux keep large blocks of freed memory. Otherwise it returns them to the
+    system, and each step gets them back page by page, which takes a tenth of its time on a CPU.
+    The results are the same without it.
+    """
+    try:
+        libc = ctypes.CDLL('libc.so.6')
+        libc.mallopt(-3, 32 * 2 ** 20)  # M_MMAP_THRESHOLD, the largest value allowed
+        libc.mallopt(-1, 2 ** 31 - 1)   # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):
+        pass  # another system
+
+
 def start_run(config, flops=math.inf):
     """
     Choose the fastest correct device, dtype and compile where the settings say 'auto', join the
@@ -431,6 +446,8 @@ def start_run(config, flops=math.inf):
             device = f'cuda:{local_rank}'
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32
+    if device_type == 'cpu':
+        keep_freed_memory()
 
     # ranks
     if world_size > 1:

@@ -56,7 +56,7 @@ class GPTConfig:
     moe_every: int = 1          # 1 = experts in every layer, 2 = in every second layer
     tie_weights: bool = True    # the output layer is the token embedding (arXiv 1608.05859)
     causal: bool = True         # False = a bidirectional encoder
-    attn: str = 'auto'          # 'auto', 'sdpa': fused by PyTorch | 'manual': attention() below
+    attn: str = 'auto'          # 'auto' = 'sdpa', fused by PyTorch | 'manual': attention() below
 
     @property
     def kv_heads(self):
@@ -403,7 +403,7 @@ class KVCache:
         self.pos[self.rows, slot] = pos
         self.pos[:, self.n_slot] = -1
         self.n_written += T
-        # The keys of a single token and of a chunk are other ones: see update.
+        # A single token and a chunk get different keys: see update.
         if T == 1:
             return slot, self.pos[:, :self.n_used()]
         return slot, torch.cat((pos_before, pos), dim=1)
@@ -842,7 +842,7 @@ class GPT(nn.Module):
                 local = True         # local_attention makes its own masks
                 needs_mask = False
             elif not c.causal or T <= c.window_size + c.n_sink:
-                needs_mask = False   # PyTorch's is_causal hides the future, and no more is hidden
+                needs_mask = False   # at most the future is hidden, by PyTorch's is_causal
         mask = None
         if needs_mask:
             mask = visible(pos, k_pos, c.window_size, c.n_sink, c.causal)  # (B, T, S)
@@ -1053,7 +1053,7 @@ class GPT(nn.Module):
             new = new.masked_fill(ended[:, None], -1)
             yield new[:, 0]
 
-            # 3. a row ends with a stop token; the steps after it give padding
+            # 3. a row ends with a stop token; only the steps after it give padding (-1)
             padded = padded or bool(ended.any())
             ended = ended | torch.isin(new[:, 0], stop)
             if ended.all():

@@ -44,7 +44,7 @@ from sample import (answer, best_of_n, encode_prompts, exact_match, fast_decodin
 # the run
 out_dir = 'out/ppo'                # folder of the run: checkpoints, log, curves
 init_from = 'out/sft'              # 'scratch' | 'resume' | a run's folder | a Hugging Face model
-reference_dir = ''                 # on resume: where the run's starting folder is now, if moved
+reference_dir = ''                 # on resume: where the reference, init_from, is now, if moved
 reward_model = 'out/reward'        # folder of a run of reward.py
 gold = ''                          # checking function, FILE.py:function; '' = the dataset's own
 seed = 1337                        # every random choice is a function of (seed, step)
@@ -68,13 +68,13 @@ use_cache = True                   # False = rollouts without the KV cache, to c
 # reward
 reward = 'model'                   # 'model' | 'gold' | FILE.py:function(prompt, response)
 missing_end_score = -3.0           # replaces the score of a response without an end token
-length_penalty = 0.0               # subtracted from the score per token of the response
+length_penalty = 0.0               # for each token of a response, subtracted from its score
 score_clip = 0.0                   # scores are clipped to +-score_clip; 0 = no clipping
 kl_control = 'fixed'               # 'fixed' | 'adaptive' (arXiv 1909.08593, section 2.2) | 'none'
 kl_coef = 0.05                     # weight of the KL penalty; 'adaptive' starts with it
 kl_target = 0.4                    # nats per response that 'adaptive' aims at
 kl_horizon = 5000                  # the coefficient changes by at most 20% per this many responses
-whiten_rewards = False             # divide rewards by their standard deviation, keep their mean
+whiten_rewards = False             # divide rewards by their standard deviation (not for grpo)
 # advantages and losses
 adv = 'gae'                        # 'gae' (with a critic) | 'rloo' | 'grpo'
 group_size = 4                     # responses to each prompt, for rloo and grpo
@@ -88,7 +88,7 @@ value_clip = 0.2                   # of the change of a value
 value_coef = 0.1                   # weight of the value loss
 separate_critic = False            # True = the value head has a trunk of its own
 ppo_epochs = 1                     # passes over the responses of an iteration
-kl_stop = 0.1                      # end the updates of an iteration beyond this approxkl; 0 = never
+kl_stop = 0.1                      # end the updates when policy/approxkl is above it; 0 = never
 # optimizer and schedule
 learning_rate = 2e-4               # of all parameters but those of the next two
 gain_lr = 2e-2                     # of the final norm's weight, an inverse temperature
@@ -283,7 +283,7 @@ def update_loss(policy, batch, mb, T, kl_coef, config, suppress=()):
         k3 = k3_estimate(logprobs, batch['ref_logprobs'][where])
         loss = loss + kl_coef * masked_mean(k3, weight)
 
-    # 4. metrics, with the names of TRL's PPO
+    # 4. metrics, with the names of TRL's PPO ('val/' is its prefix of values, not of validation)
     with torch.no_grad():
         change = logprobs - old_logprobs
         ratio = change.exp()
@@ -636,7 +636,7 @@ if __name__ == '__main__':
     rollout_seconds = 0.0
     train_seconds = 0.0
     saved_step = first_step
-    # The last pass only saves and evaluates. For a resumed run past max_iters it is the only one.
+    # The last pass only saves what was trained, and evaluates.
     for step in range(first_step, max(first_step, max_iters) + 1):
         # 4. learning rate
         for o in optimizers:
@@ -706,7 +706,7 @@ if __name__ == '__main__':
         old_values = old['values']
         log_ratio = old_logprobs - ref_logprobs
 
-        # 8. rewards and advantages; the KL penalty is part of the reward, but in GRPO of the loss
+        # 8. rewards and advantages; GRPO takes the scores alone, with its KL penalty in the loss
         shaped = shape_scores(scores, ended, length, score_clip, length_penalty, missing_end_score)
         rewards = token_rewards(shaped, log_ratio, mask, kl_coef_now)
         if whiten_rewards:
@@ -732,7 +732,7 @@ if __name__ == '__main__':
             shuffled = torch.randperm(n_responses, generator=generator).to(run.device)
             for minibatch in shuffled.split(minibatch_size // run.world_size):
                 if kl_stop and updates and updates[-1]['policy/approxkl'] > kl_stop:
-                    break  # the policy has moved far enough; this ends all updates, on all ranks
+                    break  # and in later epochs again, because updates[-1] stays: on all ranks
                 total_weight = sum_over_ranks(weight[minibatch].sum())
                 chunk_size = math.ceil(len(minibatch) / gradient_accumulation_steps)
                 update = {}
@@ -753,7 +753,7 @@ if __name__ == '__main__':
                 # 10. clip and step
                 for o in optimizers:
                     run.scaler.unscale_(o)
-                skip_idle_experts(policy)
+                skip_idle_experts(policy)  # experts without tokens stay as they are
                 grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(),
                                                            grad_clip or math.inf)
                 overflow = not torch.isfinite(grad_norm)

@@ -58,8 +58,9 @@ length_groups = 1                  # sort the pairs of this many steps by length
 causal = False                     # False = encoder, reads the whole response; True = decoder
 loss = 'bt'                        # 'bt' (Bradley-Terry) | 'margin' (ranking) | 'bt_margin' |
                                    # 'dpo' (trains the policy itself)
-flip_rate = 0.0                    # share of flipped labels that the loss assumes (not 'margin')
-margin = 1.0                       # of loss 'margin'; for 'bt_margin' a factor on each pair's own
+flip_rate = 0.0                    # share of flipped labels that losses (not 'margin') and
+                                   # calibration assume
+margin = 1.0                       # of loss 'margin'; for 'bt_margin' a factor on pairs' margins
 denoise_weight = 1.0               # weight of an encoder's second task, to restore replaced tokens
 center_weight = 0.0                # weight of (chosen + rejected)^2, to centre the scores
 dpo_beta = 0.1                     # weight of the KL penalty that DPO implies
@@ -308,9 +309,10 @@ def pair_figures(chosen, rejected, rows, gold=None, flip_rate=0.0):
     """
     Figures of the scores (N,) of chosen and rejected responses of N rows:
 
-    accuracy              against the labels, of which at most noise_ceiling are right
-    accuracy_clean        against the labels before some were flipped, if the rows have "clean"
-    noise_ceiling         the share of labels that were not flipped
+    accuracy              against the labels as they are
+    accuracy_clean        against the labels before some were flipped; rows whose label was flipped
+                          have "clean": false
+    noise_ceiling         the share of labels that were not flipped: the best possible accuracy
     accuracy_one_right    accuracy_clean of the pairs in which at least one response is correct
     auc                   of correct against wrong responses
     calibration_error     see cross_calibration_error
@@ -511,6 +513,7 @@ def make_checkpoint(step, model, trunk, optimizers, scaler, config, tok):
 if __name__ == '__main__':
     # 1. settings; a resumed run, and one that is checked, continues with its own
     config, overrides = configure(globals())
+    # what a resumed run cannot change
     fixed = {'loss', 'causal'} if check else {'optimizer', 'dataset', 'loss', 'causal'}
     if check:
         config = dict(config, init_from='resume')
@@ -566,7 +569,7 @@ if __name__ == '__main__':
             print('ok    ' if ok else 'FAILED', message, flush=True)
             failures += not ok
         sys.exit(1 if failures else 0)
-    train_pairs.sort(key=lambda pair: len(pair[0][0]))  # neighbours need little padding
+    train_pairs.sort(key=lambda pair: len(pair[0][0]))  # the numbers of grouped_order are by length
     trunk = model if loss == 'dpo' else model.trunk
     optimizers = trunk.optimizers(optimizer, learning_rate, weight_decay, (0.9, 0.95), muon_lr)
     if loss != 'dpo':
@@ -590,7 +593,7 @@ if __name__ == '__main__':
     began = time.perf_counter()
     last_time = began
     saved_step = first_step
-    # The last pass only saves and evaluates. For a resumed run past max_iters it is the only one.
+    # The last pass only saves what was trained; the final figures come after the loop.
     for step in range(first_step, max(first_step, max_iters) + 1):
         # 4. learning rate
         for o in optimizers:
@@ -633,7 +636,7 @@ if __name__ == '__main__':
                     number = i * run.world_size + run.rank  # of the micro-batch, over all ranks
                     generator = generator_for(seed, 'denoising', step, number, device=run.device)
                     noisy = tamper(idx, mask, blank, generator)
-                    scores, denoise_loss = wrapped(*noisy)
+                    scores, denoise_loss = wrapped(*noisy)  # with targets, two results
                 else:
                     scores = score(wrapped, reference, idx, mask, dpo_beta)
             # With the denoising task there are scores of its responses too; they are not used.
@@ -656,7 +659,7 @@ if __name__ == '__main__':
         # 7. clip and step
         for o in optimizers:
             run.scaler.unscale_(o)
-        skip_idle_experts(model)
+        skip_idle_experts(model)  # experts without tokens stay as they are
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         overflow = not torch.isfinite(grad_norm)
         may_skip = run.scaler.is_enabled() and torch.isfinite(mean_loss)  # float16 may overflow

@@ -64,9 +64,9 @@ def prompt_ids(messages, tok):
 
 def prompt_limit(tok, block_size, max_new_tokens):
     """
-    The largest number of tokens that are kept of a prompt. Usually it is block_size -
-    max_new_tokens, the room that a response leaves. But it is never less than the markers of the
-    chat format and half of the context; then a long response streams past block_size. ValueError if
+    The largest number of tokens that are kept of a prompt: block_size - max_new_tokens, the room
+    that a response leaves, but at least the number of the chat format's markers plus half of
+    block_size (a long response then streams past block_size), and at most block_size. ValueError if
     nothing of a question would be kept.
     """
     n_markers = len(prompt_ids([{'role': 'user', 'content': ''}], tok))
@@ -146,7 +146,7 @@ def best_of_n(model, tok, conversations, responses, missing_end_score):
             ids, mask = render_chat([*messages, {'role': 'assistant', 'content': text}], tok)
             all_ids.append(ids[-block_size:])
             all_masks.append(mask[-block_size:])
-        # The reward model reads the tokens where the mask is 1: neither 0 nor padding, -1.
+        # The score is read where the mask is 1; here padding has the mask -1, which is not read.
         scores = model(pad_left(all_ids, device), pad_left(all_masks, device))
         ended = torch.tensor([ended for _, ended in candidates], device=device)
         scores = torch.where(ended, scores, missing_end_score)
@@ -207,7 +207,8 @@ def fast_linear(layer, n_rows, dtype):
         return None
 
     # 1. oneDNN's blocked layout of the weights, which otherwise is made anew at each call. It helps
-    # with several rows, and in bfloat16 always; where bfloat16 is emulated, float32 is faster.
+    # with more than two rows, and always where the CPU multiplies in bfloat16. Where it only
+    # emulates bfloat16, the copy is in float32, which is faster.
     multiplies_bfloat16 = has_fast_bfloat16('cpu')
     use_bfloat16 = multiplies_bfloat16 and dtype == torch.bfloat16
     if torch.backends.mkldnn.is_available() and (n_rows > 2 or use_bfloat16):

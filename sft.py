@@ -314,7 +314,7 @@ if __name__ == '__main__':
     began = time.perf_counter()
     last_time = began
     saved_step = first_step
-    # The last pass only saves and evaluates. For a resumed run past max_iters it is the only one.
+    # The last pass only saves what was trained; the final figures come after the loop.
     for step in range(first_step, max(first_step, max_iters) + 1):
         # 4. learning rate
         for o in optimizers:
@@ -372,7 +372,7 @@ if __name__ == '__main__':
         # 7. clip and step
         for o in optimizers:
             run.scaler.unscale_(o)
-        skip_idle_experts(model)
+        skip_idle_experts(model)  # experts without tokens stay as they are
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         overflow = not torch.isfinite(grad_norm)
         may_skip = run.scaler.is_enabled() and torch.isfinite(loss)  # float16 may overflow

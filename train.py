@@ -33,13 +33,13 @@ from model import GPTConfig, evaluation_mode, skip_idle_experts
 # the run
 out_dir = 'out/base'               # folder of the run: checkpoints, log, curves
 init_from = 'scratch'              # 'scratch' | 'resume' | a run's folder | a Hugging Face model
-seed = 1337                        # every random choice is a function of (seed, step)
+seed = 1337                        # random choices are functions of seed, purpose, step and rank
 eval_interval = 200                # steps between evaluations, each with a sample and a checkpoint
 eval_iters = 20                    # validation batches, evenly spread; 0 = the whole validation set
 eval_only = False                  # evaluate once, log it in out_dir/eval, and stop
 log_interval = 10                  # steps between lines of the log
 sample_tokens = 128                # tokens sampled at each evaluation
-always_save_checkpoint = True      # False = only when the validation loss improves
+always_save_checkpoint = True      # False = only if the validation loss improves, or on a stop
 tensorboard_log = False            # log to out_dir/tensorboard
 wandb_log = False                  # log to Weights & Biases
 wandb_project = 'nanollm'
@@ -52,7 +52,7 @@ vocab_size = 2048                  # of a 'bpe' tokenizer; 0 = as the dataset wa
 gradient_accumulation_steps = 1    # micro-batches per step, over all ranks together
 batch_size = 16                    # sequences per micro-batch
 block_size = 128                   # context length, in tokens
-# model: flags of GPTConfig in model.py, which has a few more
+# model: see GPTConfig in model.py; its other flags cannot be set here
 n_layer = 4
 n_head = 4
 n_kv_head = 0                      # key/value heads (grouped-query attention); 0 = n_head
@@ -100,8 +100,8 @@ dtype = 'auto'                     # 'auto' | 'float32' | 'bfloat16' | 'float16'
 compile = 'auto'                   # 'auto' | True | False: torch.compile
 # -----------------------------------------------------------------------------
 
-# The flags of the architecture that are fixed by a model's weights. block_size may grow, vocab_size
-# follows from the tokenizer, and the last two change no weight.
+# The flags of the architecture that a loaded model keeps. Of the others, block_size may grow,
+# vocab_size follows from the tokenizer, and dropout and attn do not change what a model computes.
 ARCHITECTURE = {name for name in GPTConfig.__dataclass_fields__
                 if name not in ('block_size', 'vocab_size', 'dropout', 'attn')}
 
@@ -161,9 +161,9 @@ def evaluate(model, data, block_size, batch_size, run, n_batches=0):
 def check_architecture(model, config, overrides, source):
     """
     Compare the architecture that this command line sets with that of the model loaded from
-    `source`, which is always kept; overrides is {name: where}, as configure returns it. ValueError
-    if an argument sets another architecture. A config file may set another one, because it serves
-    new models too; the names of such files are returned.
+    `source`; the model's is always kept. overrides is {name: where}, as configure returns it.
+    ValueError if an argument sets another architecture. A config file may set another one, because
+    it serves new models too; the names of such files are returned.
     """
     has = model.config.resolved()
     ignored_files = []
@@ -284,7 +284,7 @@ if __name__ == '__main__':
     last_time = began
     train_seconds = 0.0
     saved_step = first_step
-    # The last pass only saves and evaluates. For a resumed run past max_iters it is the only one.
+    # The last pass only saves what was trained, and evaluates.
     for step in range(first_step, max(first_step, max_iters) + 1):
         # 4. learning rate
         for o in optimizers:
@@ -362,7 +362,7 @@ if __name__ == '__main__':
         # 7. clip and step
         for o in optimizers:
             run.scaler.unscale_(o)
-        skip_idle_experts(model)
+        skip_idle_experts(model)  # experts without tokens stay as they are
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         overflow = not torch.isfinite(grad_norm)
         may_skip = run.scaler.is_enabled() and torch.isfinite(loss)  # float16 may overflow
