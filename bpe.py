@@ -46,8 +46,9 @@ NAMED_TOKENIZERS = ('byte', 'bpe', 'gpt2')
 # ----- Words: how a text is split before training and encoding
 
 PATTERNS = {
-    # Ours, as in SmolLM: GPT-2's pattern, but every digit is a word of its own. A number is then
-    # always written as the same tokens, wherever it appears, so that a model can learn arithmetic.
+    # Ours, as in SmolLM: GPT-2's pattern, but every digit is a word of its own, and a blank before
+    # a digit is not part of it. A number is then always written as the same tokens, wherever it
+    # appears, so that a model can learn arithmetic.
     'digits': r" ?\p{L}+|\p{N}|'(?:[sdmt]|ll|ve|re)| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
     'gpt2': r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     # Llama 3: contractions in both cases, up to three digits, line ends apart from other blanks.
@@ -719,7 +720,7 @@ class Tokenizer:
         merges = [f'{names[left]} {names[right]}' for left, right in self.merges]
         stages = pre_tokenizer_forms(self.pattern)[0]
 
-        # The order of the keys is part of the fingerprint's input and of the file: keep it.
+        # The order of the keys is that of the file.
         return {
             'version': '1.0',
             'normalizer': {'type': self.normalizer} if self.normalizer else None,

@@ -286,7 +286,7 @@ def resume(config, overrides, fixed):
 
     With init_from='resume', or after a restart by torchrun, the checkpoint is the one in out_dir.
     The config then has the settings that the run was saved with, except those that this command
-    line set, which are printed. Its init_from is what the run first started from. ValueError if
+    line set; changes are printed. Its init_from is what the run first started from. ValueError if
     this command line changes a setting in `fixed`, the names of those that cannot change.
     """
     # 1. Is there something to resume?
@@ -499,7 +499,7 @@ PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'B200': 2250e12, 'A100': 312e12, '
 
 def peak_flops(run):
     """Operations per second of the machine's matrix products, to report what share of them a run
-    achieves (MFU): from the data sheet of a known GPU, otherwise measured."""
+    achieves (MFU): from the data sheet of a known GPU, otherwise measured (in float32 always)."""
     if run.device_type == 'cuda' and run.dtype != torch.float32:
         words = re.split(r'\W+', torch.cuda.get_device_name(run.device))
         for name, flops in PEAK_FLOPS.items():
@@ -591,7 +591,8 @@ def learning_rate_at(step, config):
 
     'cosine'    half a cosine (arXiv 1608.03983)
     'linear'    a straight line
-    'wsd'       warm-up, stable, decay: linear over the last cooldown_frac (arXiv 2405.18392)
+    'wsd'       warm-up, stable, decay: linear over the last cooldown_frac of the steps after the
+                warm-up (arXiv 2405.18392)
     'constant'  no decay
     """
     peak = config['learning_rate']
@@ -772,7 +773,7 @@ def move_old_run_aside(out_dir):
     names = ['log.jsonl', 'curves.png', 'tensorboard', 'tokenizer.json', 'ckpt_prev.pt',
              'ckpt_best.pt', 'ckpt.pt']
     names = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
-    if not any(name.startswith('ckpt') for name in names):
+    if not set(names) - {'tokenizer.json'}:
         return
     # The first number that is free; earlier runs stay where they were moved.
     for number in itertools.count(1):
@@ -893,7 +894,7 @@ class Logger:
         for name in TEMPORARY_FILES:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(out_dir, name))
-        # 2. the records before this step
+        # 2. the records before this step (the final figures, which have no step, are written again)
         kept = [record for record in read_log(out_dir) if step and record.get('step', step) < step]
         with write_atomically(os.path.join(out_dir, 'log.jsonl')) as f:
             for record in kept:
