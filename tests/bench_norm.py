@@ -75,7 +75,8 @@ def main():
     # 2. One batch of training data for all of them.
     data, _, _, _ = load_dataset(config['dataset'], config['block_size'], config['tokenizer'],
                                  config['vocab_size'])
-    starts = batch_starts(len(data), 0, {**config, 'batch_size': BATCH_SIZE})
+    starts = batch_starts(len(data), config['block_size'], BATCH_SIZE,
+                          torch.Generator().manual_seed(0))
     x, y = get_batch(data, starts, config['block_size'], model.config.vocab_size)
 
     # 3. Gradients and times.

@@ -47,7 +47,7 @@ FLAGS = dict(block_size=256, n_layer=4, n_head=4, n_embd=128, tie_weights=False)
 
 def write_prompts(folder, tok):
     """Write random prompts, as text for ppo.py and as token ids for TRL."""
-    from data.answers import prompt_ids
+    from sample import prompt_ids
     random_numbers = random.Random(0)
     for split, count in (('train', BATCH * ITERATIONS), ('val', 8)):
         path = os.path.join(folder, f'prompts_{split}.jsonl')
@@ -55,7 +55,8 @@ def write_prompts(folder, tok):
             for _ in range(count):
                 length = random_numbers.randint(17, 27)
                 prompt = ''.join(random_numbers.choices('abcdefghij ', k=length))
-                row = {'prompt': prompt, 'response': '', 'ids': prompt_ids(prompt, tok)}
+                row = {'prompt': prompt, 'response': '',
+                       'ids': prompt_ids([{'role': 'user', 'content': prompt}], tok)}
                 f.write(json.dumps(row) + '\n')
 
 
@@ -65,18 +66,19 @@ def write_policy(folder, tok, end_bias):
     bias 11 * end_bias, which sets how often responses end.
     """
     import torch
-    from bpe import SPECIAL
+    from bpe import SPECIAL_TOKENS
+    from data.pretrained import save_pretrained
     from model import GPT, GPTConfig
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=tok.vocab_size, **FLAGS))
-    special = [tok.special[token] for token in SPECIAL]
+    special = [tok.special[token] for token in SPECIAL_TOKENS]
     with torch.no_grad():
         # The head has no bias, so channel 0 serves as one: it is about 11 after the last norm.
         model.wte.weight[:, 0] = 1
         model.lm_head.weight[:, 0] = 0
         model.lm_head.weight[special, 0] = -2
         model.lm_head.weight[tok.special['<|end|>'], 0] = end_bias
-    model.save_pretrained(folder, tok)
+    save_pretrained(model, folder, tok)
 
 
 def write_inputs(folder):
@@ -229,9 +231,9 @@ def print_results(best):
 
 def main():
     sys.path.insert(0, ROOT)
-    from model import BF16_CPU
+    from configurator import has_fast_bfloat16
     python = ''
-    dtype = 'bfloat16' if BF16_CPU else 'float32'
+    dtype = 'bfloat16' if has_fast_bfloat16('cpu') else 'float32'
     for word in sys.argv[1:]:
         name, _, value = word.partition('=')
         if name == '--trl':

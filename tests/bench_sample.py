@@ -19,8 +19,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import torch
 
-from configurator import peak_memory_mb
-from model import BF16_CPU, GPT, GPTConfig, attention, local_attention
+from configurator import has_fast_bfloat16, peak_memory_mb
+from model import GPT, GPTConfig, attention, local_attention
+from sample import fast_decoding
 
 LLAMA_135M = dict(vocab_size=49152, block_size=2048, n_layer=30, n_head=9, n_kv_head=3, n_embd=576,
                   n_hidden=1536)
@@ -77,12 +78,15 @@ def bench_decode(n_prompt=8):
         for batch in (1, 16):
             n_new = 64
             # Where bfloat16 is emulated, theirs takes minutes.
-            if dtype == torch.bfloat16 and batch == 16 and not BF16_CPU:
+            if dtype == torch.bfloat16 and batch == 16 and not has_fast_bfloat16('cpu'):
                 n_new = 4
             idx = torch.randint(49152, (batch, n_prompt))
             mask = torch.ones_like(idx)
+            def generate_ours():
+                with fast_decoding(ours, batch):
+                    ours.generate(idx, n_new, temperature=0)
             our_seconds, their_seconds = shortest_times(
-                lambda: ours.generate(idx, n_new, temperature=0),
+                generate_ours,
                 lambda: theirs.generate(idx, max_new_tokens=n_new, min_new_tokens=n_new,
                                         do_sample=False, pad_token_id=0, attention_mask=mask))
             name = str(dtype).removeprefix('torch.')
@@ -118,11 +122,12 @@ def bench_stream(n=200):
     model = GPT(config).eval()
     streams = [stream_at(model, 1_000, n), stream_at(model, 10_000, n)]
     times = [[], []]
-    for _ in range(n):
-        for tokens, measured in zip(streams, times):
-            start = time.perf_counter()
-            next(tokens)
-            measured.append(time.perf_counter() - start)
+    with fast_decoding(model, 1):
+        for _ in range(n):
+            for tokens, measured in zip(streams, times):
+                start = time.perf_counter()
+                next(tokens)
+                measured.append(time.perf_counter() - start)
     early = 1e3 * sorted(times[0])[n // 2]
     late = 1e3 * sorted(times[1])[n // 2]
     print(f'streaming: token 1,000 {early:.3f} ms, token 10,000 {late:.3f} ms, '
