@@ -438,21 +438,31 @@ def chat_format(tokenizer):
             return chat
     return None
 
-def chat_end_id(tokenizer):
-    """The id that ends a response in the tokenizer's chat format, or None if it has no format."""
-    chat = chat_format(tokenizer)
-    if chat is None:
-        return None
-    return tokenizer.special[chat.after['assistant'][0]]
-
-def end_of_text_id(tokenizer):
-    """The id that ends a document, or None if the tokenizer has no such token."""
-    for name in END_OF_TEXT_NAMES:
-        if name in tokenizer.special:
-            return tokenizer.special[name]
-    return None
-
 # ----- The tokenizer
+
+class EndTokens:
+    """The ids that end a text, by the special tokens {name: id} of either kind of tokenizer."""
+
+    @property
+    def chat_end(self):
+        """The id that ends a response in the tokenizer's chat format, or None without a format."""
+        chat = chat_format(self)
+        if chat is None:
+            return None
+        return self.special[chat.after['assistant'][0]]
+
+    @property
+    def end_of_text(self):
+        """The id that ends a document, or None if the tokenizer has no such token."""
+        for name in END_OF_TEXT_NAMES:
+            if name in self.special:
+                return self.special[name]
+        return None
+
+def added_token(name, id):
+    """The entry of a special token in a tokenizer.json."""
+    return {'id': id, 'content': name, 'special': True, 'single_word': False, 'lstrip': False,
+            'rstrip': False, 'normalized': False}
 
 def fingerprint_of(content):
     """16 hexadecimal digits for the content of a tokenizer.json."""
@@ -465,7 +475,7 @@ def save_content(content, path):
     with write_atomically(path) as file:
         file.write(text.encode())
 
-class Tokenizer:
+class Tokenizer(EndTokens):
     """Byte-level BPE: text to ids and back.
 
     In our own tokenizers, ids 0 to 255 are the bytes. The merges follow, then the special tokens.
@@ -550,16 +560,6 @@ class Tokenizer:
         self.vocab_size = max(self._bytes_of) + 1
         self._encoder = None  # tiktoken's, which is built when it is next needed
         return len(new_names)
-
-    @property
-    def chat_end(self):
-        """The id at which a response in the tokenizer's chat format ends, or None."""
-        return chat_end_id(self)
-
-    @property
-    def end_of_text(self):
-        """The id that ends a document, or None."""
-        return end_of_text_id(self)
 
     def missing_ids(self, n_rows):
         """The ids below n_rows, a model's vocabulary size, that this tokenizer does not have.
@@ -711,11 +711,8 @@ class Tokenizer:
     def to_dict(self):
         """The content of a Hugging Face tokenizer.json: dicts, lists, strings and numbers."""
         names = {id: to_visible(token) for id, token in self.tokens.items()}
-        flags = {'special': True, 'single_word': False, 'lstrip': False, 'rstrip': False,
-                 'normalized': False}
-        added_tokens = []
-        for name, id in sorted(self.special.items(), key=lambda item: item[1]):
-            added_tokens.append({'id': id, 'content': name, **flags})
+        special = sorted(self.special.items(), key=lambda item: item[1])
+        added_tokens = [added_token(name, id) for name, id in special]
         vocab = {name: id for id, name in names.items()}
         merges = [f'{names[left]} {names[right]}' for left, right in self.merges]
         stages = pre_tokenizer_forms(self.pattern)[0]
@@ -807,7 +804,7 @@ class Tokenizer:
 
 # ----- Tokenizers of other kinds
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(EndTokens):
     """What Tokenizer cannot represent, by Hugging Face's package, behind the same methods.
 
     These are byte-fallback BPE as in Llama 2, Mistral and Gemma, other split patterns and
@@ -854,16 +851,6 @@ class HuggingFaceTokenizer:
         tokenizer.no_padding()
         return tokenizer
 
-    @property
-    def chat_end(self):
-        """The id at which a response in the tokenizer's chat format ends, or None."""
-        return chat_end_id(self)
-
-    @property
-    def end_of_text(self):
-        """The id that ends a document, or None."""
-        return end_of_text_id(self)
-
     def missing_ids(self, n_rows):
         """The ids below n_rows, a model's vocabulary size, that this tokenizer does not have."""
         return [id for id in range(n_rows) if id not in self._ids]
@@ -873,9 +860,7 @@ class HuggingFaceTokenizer:
         new_tokens = []
         for name in names:
             if name not in self.special:
-                id = self.vocab_size + len(new_tokens)
-                new_tokens.append({'id': id, 'content': name, 'special': True, 'normalized': False,
-                                   'single_word': False, 'lstrip': False, 'rstrip': False})
+                new_tokens.append(added_token(name, self.vocab_size + len(new_tokens)))
         if not new_tokens:
             return 0
         added_tokens = self._content.get('added_tokens', []) + new_tokens
@@ -905,9 +890,7 @@ class HuggingFaceTokenizer:
         if marker in text:  # it must stay plain text
             return self.encode(text)
         if self._after_marker is None:
-            token = {'id': self.vocab_size, 'content': marker, 'special': True, 'normalized': False,
-                     'single_word': False, 'lstrip': False, 'rstrip': False}
-            self._after_marker = self._open([token])
+            self._after_marker = self._open([added_token(marker, self.vocab_size)])
         return self._after_marker.encode(marker + text, add_special_tokens=False).ids[1:]
 
     def decode(self, ids):

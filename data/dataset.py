@@ -23,14 +23,10 @@ from urllib.request import urlopen
 import numpy as np
 from filelock import FileLock
 
-from bpe import NAMED_TOKENIZERS, Tokenizer, get_tokenizer
+from bpe import END_OF_TEXT_NAMES, NAMED_TOKENIZERS, Tokenizer, get_tokenizer
 from configurator import write_atomically
 
 DATA_FOLDER = os.path.dirname(os.path.abspath(__file__))
-
-# The names that tokenizers give to the token that ends a document: GPT-2, Qwen, SmolLM and ours;
-# Llama 3; Llama 2 and Mistral; Gemma. Not the end of a chat message, such as <|im_end|>.
-END_OF_DOCUMENT = ('<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>')
 
 # Text is encoded in pieces of at most this many characters, so that its size does not matter.
 MAX_PIECE = 1_000_000
@@ -100,14 +96,6 @@ def split_document(document):
     yield waiting
 
 
-def find_end_of_document(tokenizer):
-    """The id of the token that ends a document, or None if the tokenizer has none."""
-    for name in END_OF_DOCUMENT:
-        if name in tokenizer.special:
-            return tokenizer.special[name]
-    return None
-
-
 def write_tokens(file, tokenizer, documents, dtype):
     """
     Write the ids of the documents to a binary file, each document followed by the end of document.
@@ -115,7 +103,7 @@ def write_tokens(file, tokenizer, documents, dtype):
     Returns (number of tokens, number of bytes of the text in UTF-8). The end of a document counts
     as a token; it has no bytes.
     """
-    end = find_end_of_document(tokenizer)
+    end = tokenizer.end_of_text
     n_tokens = 0
     n_bytes = 0
     for document in documents:
@@ -154,8 +142,8 @@ def write_dataset(folder, tokenizer, train, val, **about):
         },
         'dtype': dtype.name,
     }
-    if find_end_of_document(tokenizer) is None:
-        names = ', '.join(END_OF_DOCUMENT)
+    if tokenizer.end_of_text is None:
+        names = ', '.join(END_OF_TEXT_NAMES)
         print(f'the tokenizer has none of {names}: documents are not separated', flush=True)
 
     # 1. The token files. ExitStack gives both their names only after both are complete.

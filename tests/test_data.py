@@ -148,6 +148,8 @@ def test_large_vocabularies_use_four_bytes_per_token(tmp_path):
     (['<|im_start|>', '<|im_end|>', '<|endoftext|>'], '<|endoftext|>'),    # Qwen
     (['<|begin_of_text|>', '<|end_of_text|>', '<|eot_id|>'], '<|end_of_text|>'),    # Llama 3
     (['<s>', '</s>'], '</s>'),    # Llama 2
+    (['<pad>', '<eos>', '<bos>', '</s>'], '<eos>'),    # Gemma, where </s> is a mark of HTML
+    (['<｜end▁of▁sentence｜>'], '<｜end▁of▁sentence｜>'),    # DeepSeek
     (['<|im_start|>', '<|im_end|>'], None)])
 def test_documents_are_separated_by_the_tokenizers_own_end(names, end, tmp_path, capsys):
     special = {name: 256 + i for i, name in enumerate(names)}
