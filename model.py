@@ -859,7 +859,7 @@ class GPT(nn.Module):
                 sink_rope = rope_table(pos.clamp(max=c.block_size - 1), frequencies)
                 is_sink = (k_pos < c.n_sink)[:, None, :, None]        # (B, 1, S, 1)
         return pos, Plan(rope=rope, sink_rope=sink_rope, is_sink=is_sink, mask=mask, local=local,
-                           slot=slot, real=real)
+                         slot=slot, real=real)
 
     def hidden(self, idx, cache=None, pos=None, read=None):
         """

@@ -20,19 +20,18 @@ from dataclasses import asdict, replace
 
 # configurator comes first: it answers --help before torch is loaded
 from configurator import (Logger, StopSignal, check_choice, check_divisible, configure,
-                          divergence_error,
-                          generator_for, parallel, peak_memory_mb, restore_optimizers, resume,
-                          save_checkpoint, schedule_factor, seed_for, start_run, sum_over_ranks)
+                          divergence_error, generator_for, parallel, peak_memory_mb,
+                          restore_optimizers, resume, save_checkpoint, schedule_factor, seed_for,
+                          start_run, sum_over_ranks)
 import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from assets.draw import draw_curves
-from bpe import render_chat
 from data.examples import endless_order, grouped_order, load_examples, load_gold
 from data.pretrained import load_chat_model, restore_weights
 from model import GPT, RewardModel, evaluation_mode, skip_idle_experts
-from sample import encode_prompts, fast_decoding, pad_left
+from sample import encode_prompts, fast_decoding, pad_left, render_response
 
 # -----------------------------------------------------------------------------
 # the run
@@ -87,13 +86,6 @@ compile = 'auto'                   # 'auto' | True | False: torch.compile
 
 
 # Data. A pair is (chosen, rejected, row): each side (ids, mask), and the example it was made from.
-
-def render_response(messages, response, tok, block_size):
-    """(ids, mask) of a conversation with a response, mask 1 on the response and its end token;
-    truncated on the left, because the two sides of a pair differ at their end."""
-    ids, mask = render_chat([*messages, {'role': 'assistant', 'content': response}], tok)
-    return torch.tensor(ids[-block_size:]), torch.tensor(mask[-block_size:])
-
 
 def prepare_pairs(rows, tok, block_size, verbose=True):
     """The pairs of rows with messages, chosen and rejected. Pairs whose sides are equal once
@@ -385,12 +377,13 @@ def score_moments(reward_model, policy, tok, prompts, max_new_tokens, generator,
     """(standard deviation, mean) of a reward model's scores of a policy's sampled responses to
     prompts, lists of ids."""
     device = policy.wte.weight.device
+    suppress = tok.missing_ids(policy.config.vocab_size)
     scores = []
     for i in range(0, len(prompts), batch_size):
         idx = pad_left(prompts[i:i + batch_size], device)
         with fast_decoding(policy, len(idx)):
             out = policy.generate(idx, max_new_tokens, stop=tok.eos_ids, generator=generator,
-                                  suppress=tok.missing_ids(policy.config.vocab_size))
+                                  suppress=suppress)
         # 1 after the prompt; the padding after a response is never read
         is_response = (torch.arange(out.size(1), device=device) >= idx.size(1)).expand(out.shape)
         with evaluation_mode(reward_model):

@@ -98,10 +98,17 @@ def encode_prompts(conversations, tok, block_size, max_new_tokens, verbose=True)
     return prompts
 
 
+def render_response(messages, response, tok, block_size):
+    """(ids, mask) of a conversation with a response, as a reward model reads it: mask 1 on the
+    response and its end token; truncated on the left, because responses differ at their end."""
+    ids, mask = render_chat([*messages, {'role': 'assistant', 'content': response}], tok)
+    return torch.tensor(ids[-block_size:]), torch.tensor(mask[-block_size:])
+
+
 def pad_left(rows, device='cpu'):
-    """Lists of ids as one tensor (B, T), with -1 on the left of shorter ones, as GPT.generate
-    expects."""
-    rows = [torch.tensor(row, dtype=torch.long) for row in rows]
+    """Rows of ids, lists or tensors, as one tensor (B, T), with -1 on the left of shorter ones, as
+    GPT.generate expects."""
+    rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
     padded = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side='left')
     return padded.to(device)
 
@@ -143,9 +150,9 @@ def best_of_n(model, tok, conversations, responses, missing_end_score):
         candidates = responses[i * n:(i + 1) * n]
         all_ids, all_masks = [], []
         for text, _ in candidates:
-            ids, mask = render_chat([*messages, {'role': 'assistant', 'content': text}], tok)
-            all_ids.append(ids[-block_size:])
-            all_masks.append(mask[-block_size:])
+            ids, mask = render_response(messages, text, tok, block_size)
+            all_ids.append(ids)
+            all_masks.append(mask)
         # The score is read where the mask is 1; here padding has the mask -1, which is not read.
         scores = model(pad_left(all_ids, device), pad_left(all_masks, device))
         ended = torch.tensor([ended for _, ended in candidates], device=device)

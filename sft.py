@@ -19,10 +19,9 @@ from dataclasses import asdict
 
 # configurator comes first: it answers --help before torch is loaded
 from configurator import (Logger, StopSignal, check_choice, check_divisible, configure,
-                          divergence_error,
-                          generator_for, one_line, parallel, peak_memory_mb, restore_optimizers,
-                          resume, save_checkpoint, schedule_factor, seed_for, start_run,
-                          sum_over_ranks)
+                          divergence_error, generator_for, one_line, parallel, peak_memory_mb,
+                          restore_optimizers, resume, save_checkpoint, schedule_factor, seed_for,
+                          start_run, sum_over_ranks)
 import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence

@@ -55,9 +55,9 @@ def attention_weights(layer, projection, config):
     """
     # 1. Split the projection into heads. With GQA there are fewer key than query heads.
     nh = config.n_head
-    nkv = config.n_kv_head or nh
-    hs = projection.size(-1) // (nh + 2 * nkv)
-    heads = projection.unflatten(-1, (nh + 2 * nkv, hs)).transpose(0, 1)[None]  # (1, heads, T, hs)
+    nkv = config.kv_heads
+    heads = projection.unflatten(-1, (nh + 2 * nkv, config.head_size))
+    heads = heads.transpose(0, 1)[None]                               # (1, heads, T, hs)
     q, k, _ = heads.split([nh, nkv, nkv], dim=1)
     T = q.size(2)
 
