@@ -282,7 +282,7 @@ def local_attention(q, k, v, window, n_sink, dropout=0.0):
     The tokens are cut into n blocks of W = window tokens. A block attends to itself, to the block
     before it, and to the sinks, so the blocks are the batch of an ordinary attention.
     """
-    B, nh, T, hs = q.shape
+    B, nh, T, _ = q.shape
     W = window
     n = math.ceil(T / W)
     n_sink = min(n_sink, T)
@@ -383,7 +383,8 @@ class KVCache:
         self.rows = torch.arange(batch_size, device=device)[:, None]
 
     def n_used(self):
-        """The number of slots that may hold a token: slots are used in their order."""
+        """The number of slots that may hold a token: until the ring is full, a row of L tokens
+        uses the slots 0 to L - 1."""
         return min(self.n_written, self.n_slot)
 
     def assign_slots(self, pos):
@@ -608,7 +609,7 @@ class MoE(nn.Module):
         self.entropy = torch.zeros((), device='cpu')
 
     def __getstate__(self):
-        # copy.deepcopy cannot copy tensors that belong to a graph
+        # copy.deepcopy calls this, and cannot copy tensors that belong to a graph
         return self.__dict__ | {'balancing_loss': None, 'z_loss': None}
 
     def forward(self, x, real=None):
@@ -631,7 +632,7 @@ class MoE(nn.Module):
         # 2. each expert computes the tokens that selected it
         out = torch.zeros_like(tokens)
         for e, expert in enumerate(self.experts):
-            token, choice = (selected == e).nonzero(as_tuple=True)    # as 1st or 2nd choice
+            token, choice = (selected == e).nonzero(as_tuple=True)    # as 1st, 2nd, ... choice
             y = expert(tokens[token]) * gate[token, choice, None]
             out = out.index_add(0, token, y.to(out.dtype))
         for expert in self.shared:
@@ -894,7 +895,7 @@ class GPT(nn.Module):
         """
         idx (B, T), targets (B, T) or None -> (logits, loss): logits (B, T, V) at every position;
         the mean cross-entropy, in nats per token, over the targets that are not -1, or None without
-        targets. With `read` (see hidden) the logits are (N, V), and there may be no targets.
+        targets. With `read` (see hidden) the logits are (N, V), and targets must be None.
         """
         logits = self.lm_head(self.hidden(idx, cache, read=read))
         if targets is None:

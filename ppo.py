@@ -142,6 +142,7 @@ def log_softmax(logits, temperature, suppress=()):
     `suppress`, which pad the vocabulary, have probability 0."""
     logits = logits.float() / temperature
     if len(suppress):
+        # -1e9 is finite, so that the entropy is not 0 * inf = NaN
         logits = logits.index_fill(1, torch.tensor(suppress, device=logits.device), -1e9)
     return logits.log_softmax(dim=-1)
 
@@ -253,10 +254,10 @@ def value_loss(values, old_values, returns, mask, value_clip):
 
 def update_loss(policy, batch, mb, T, kl_coef, config, suppress=()):
     """
-    The loss of the responses in the rows with indices mb of a batch, read up to token T, and
-    metrics.
-    Returns (scalar, dict). batch: idx (B, longest), and as (B, longest - 1), one column per
-    predicted token: mask, weight, old_logprobs, ref_logprobs, old_values, advantages and returns.
+    Loss and metrics of some responses, (scalar, dict). mb: the numbers of their rows in the batch;
+    T: the longest length among them. batch: idx (B, longest), and as (B, longest - 1), one column
+    per predicted token: mask, weight, old_logprobs, ref_logprobs, old_values, advantages and
+    returns.
     """
     # 1. what was recorded of the N response tokens; from here on all tensors are (N,)
     row, column = batch['mask'][mb, :T - 1].nonzero(as_tuple=True)
