@@ -541,6 +541,27 @@ def sum_over_ranks(x):
     return x
 
 
+def must_skip(run, grad_norm, loss, step, out_dir, saved_step):
+    """
+    Whether the optimizers skip this step, because its gradients are not finite while the loss is.
+    In float16 that is usual: they were too large for its range, and the scaler will lower its
+    factor. ValueError if the run has diverged. grad_norm is the same on all ranks, so they all
+    decide the same; loss is this rank's own.
+    """
+    if torch.isfinite(grad_norm):
+        return False
+    loss_of_all = sum_over_ranks(loss.clone())
+    if run.scaler.is_enabled() and torch.isfinite(loss_of_all):
+        return True
+    raise divergence_error(step, out_dir, saved_step, loss=loss, grad_norm=grad_norm)
+
+
+def mean_over_ranks(metrics, run):
+    """The mean over all ranks of a dict of scalar tensors, as a dict of floats."""
+    means = sum_over_ranks(torch.stack(list(metrics.values()))) / run.world_size
+    return dict(zip(metrics, means.tolist()))
+
+
 def divergence_error(step, out_dir, saved_step, **numbers):
     """The error to raise for a loss or gradient norm that is not finite."""
     figures = ', '.join(f'{name} {float(value):.4g}' for name, value in numbers.items())

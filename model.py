@@ -178,14 +178,18 @@ def rope_frequencies(config):
     return frequencies
 
 
+def widest_float(device_type):
+    """float64 where the device has it, otherwise float32."""
+    return torch.float32 if device_type == 'mps' else torch.float64
+
+
 def rope_table(pos, frequencies):
     """
     Cosine and sine of the angle of every position and pair of channels.
     pos (B, T), frequencies (hs/2,) -> each (B, 1, T, hs/2), the 1 standing for all heads.
     """
-    # In float64, where the device has it: after a million tokens a float32 angle is off by 0.06.
-    dtype = torch.float32 if pos.device.type == 'mps' else torch.float64
-    angle = pos[:, None, :, None] * frequencies.to(pos.device, dtype)
+    # After a million tokens a float32 angle is off by 0.06.
+    angle = pos[:, None, :, None] * frequencies.to(pos.device, widest_float(pos.device.type))
     return angle.cos().float(), angle.sin().float()
 
 
@@ -239,7 +243,8 @@ def attention(q, k, v, mask, dropout=0.0):
     """
     softmax(q k^T / sqrt(hs)) v (arXiv 1706.03762, equation 1), written out by hand. q (B, nh, T,
     hs), k and v (B, nkv, S, hs), mask bool (T, S) or (B, T, S), True = visible -> (B, nh, T, hs).
-    If nkv < nh, each key/value head serves nh / nkv query heads (arXiv 2305.13245).
+    If nkv < nh, each key/value head serves nh / nkv query heads (arXiv 2305.13245). The head size
+    of v may differ from that of q and k; the result has that of v.
 
     Three tokens with head size 2; each sees itself and those before it:
 
@@ -321,14 +326,14 @@ def local_attention(q, k, v, window, n_sink, dropout=0.0):
 
 def separate_sinks(q, q_for_sinks, k, is_sink):
     """
-    Past block_size, a query meets the sinks with another rotation than all other keys (see
-    GPT.plan). The plain form computes both products and selects:
+    Beyond block_size, a query looks at the sinks as if it were at position block_size - 1 (see
+    GPT.plan), so it is rotated in two ways. The plain form computes both products and selects:
 
         scores = where(is_sink, q_for_sinks @ k^T, q @ k^T)
 
     Fused attention computes one product. So queries and keys get twice the head size, with zeros in
-    one half of each key. q, q_for_sinks (B, nh, T, hs), k (B, nkv, S, hs), is_sink (B, 1, S, 1)
-    -> (B, nh, T, 2 hs), (B, nkv, S, 2 hs).
+    one half of each key; values stay as they are. q, q_for_sinks (B, nh, T, hs), k (B, nkv, S, hs),
+    is_sink (B, 1, S, 1) -> (B, nh, T, 2 hs), (B, nkv, S, 2 hs).
     """
     wide_q = torch.cat((q, q_for_sinks), dim=-1)
     wide_k = torch.cat((k.masked_fill(is_sink, 0), k.masked_fill(~is_sink, 0)), dim=-1)
@@ -348,7 +353,10 @@ class KVCache:
         slot = n_sink + (pos - n_sink) % window      otherwise
 
     Full attention is the case window = block_size - n_sink. Rows may have different lengths. In
-    each forward pass assign_slots is called once, then update in every layer.
+    each forward pass assign_slots is called once, then update in every layer. A single new token
+    attends to the slots, which then hold it too. The tokens of a chunk attend to what the slots
+    held before and to the chunk itself, because in the cache its last tokens may have replaced
+    keys that its first tokens still see.
 
     Window 3 behind one sink; the positions in the four slots after each token:
 
@@ -404,7 +412,6 @@ class KVCache:
         self.pos[self.rows, slot] = pos
         self.pos[:, self.n_slot] = -1
         self.n_written += T
-        # A single token and a chunk get different keys: see update.
         if T == 1:
             return slot, self.pos[:, :self.n_used()]
         return slot, torch.cat((pos_before, pos), dim=1)
@@ -415,12 +422,9 @@ class KVCache:
         k = k.to(self.k.dtype)
         v = v.to(self.v.dtype)
         if k.size(2) == 1:
-            # A single token looks at the cache, which now holds it too.
             self.write(layer, k, v, slot)
             n = self.n_used()
             return self.k[layer, :, :, :n], self.v[layer, :, :, :n]
-        # The tokens of a chunk look at what the cache held before, and at the chunk itself: in the
-        # cache its last tokens may have replaced keys that its first tokens still see.
         all_k = torch.cat((self.k[layer, :, :, :self.n_before], k), dim=2)
         all_v = torch.cat((self.v[layer, :, :, :self.n_before], v), dim=2)
         self.write(layer, k, v, slot)
@@ -438,10 +442,10 @@ class Plan:
     rope: tuple = None         # (cos, sin) for queries and keys; None = another kind of positions
     sink_rope: tuple = None    # (cos, sin) for queries that look at sinks; None = the same as rope
     is_sink: object = None     # (B, 1, S, 1), which keys are sinks; None if sink_rope is None
-    mask: object = None        # (T, S) or (B, T, S); None = causal, or everything for an encoder
-    local: bool = False        # attend block by block, see local_attention
+    local: bool = False        # attend block by block by local_attention, which makes its own masks
+    mask: object = None        # (T, S) or (B, T, S); None = local, or all the past, or everything
     slot: object = None        # (B, T), slots of the new tokens in the cache; None without a cache
-    real: object = None        # (B, T), False at padding; None = there is no padding
+    real: object = None        # (B, T), False at padding
 
 
 class Attention(nn.Module):
@@ -603,8 +607,8 @@ class MoE(nn.Module):
         self.balancing_loss = None   # of the last forward pass
         self.z_loss = None
         # Since the last GPT.balance_experts: the training tokens of each expert, and the sum of the
-        # router's entropies over these tokens. On the CPU, also if the weights are to be loaded
-        # later and are on the meta device for now.
+        # router's entropies over these tokens. On the CPU even if the model is made on the meta
+        # device, to be loaded: no checkpoint holds these two, so loading would not fill them.
         self.load = torch.zeros(c.n_expert, device='cpu')
         self.entropy = torch.zeros((), device='cpu')
 
@@ -685,7 +689,7 @@ class Block(nn.Module):
         real = plan.real
         if read is not None:  # the MLP works token by token, so it can skip the others
             x = x[read]
-            real = None if real is None else real[read]
+            real = real[read]
         if isinstance(self.mlp, MoE):
             return x + self.mlp(self.ln_2(x), real)
         return x + self.mlp(self.ln_2(x))
@@ -710,18 +714,21 @@ def sampling_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
     >>> sampling_probs(logits, temperature=0.5)
     tensor([[0.6849, 0.2466, 0.0616, 0.0068]])
     """
-    # The largest logit becomes 0, so that no temperature, however small, makes it infinite.
+    # With 0 as the largest logit, a division by a tiny temperature cannot give +infinity.
     logits = logits - logits.amax(dim=-1, keepdim=True)
-    probs = F.softmax(logits / max(temperature, 1e-30), dim=-1)
+    temperature = max(temperature, 1e-30)  # less would be 0 in float32, and 0 / 0 is NaN
+    probs = F.softmax(logits / temperature, dim=-1)
     if 0 < top_k < probs.size(-1):
         least = probs.topk(top_k).values[:, -1:]
         probs = probs.masked_fill(probs < least, 0.0)
+        probs = probs / probs.sum(dim=-1, keepdim=True)
     if top_p < 1.0:
         ordered, order = probs.sort(dim=-1, descending=True)
         sum_before = ordered.cumsum(dim=-1) - ordered                 # of the more probable tokens
-        ordered[sum_before >= top_p * ordered.sum(dim=-1, keepdim=True)] = 0.0
+        ordered = ordered.masked_fill(sum_before >= top_p, 0.0)
         probs = torch.zeros_like(probs).scatter(-1, order, ordered)
-    return probs / probs.sum(dim=-1, keepdim=True)
+        probs = probs / probs.sum(dim=-1, keepdim=True)
+    return probs
 
 
 @contextlib.contextmanager
@@ -791,16 +798,16 @@ class GPT(nn.Module):
 
     def flops_per_token(self, T):
         """Floating-point operations to train on one token in a context of T, forward and backward
-        (arXiv 2204.02311, appendix B): 6 per matrix weight, and 12 nh hs per layer and visible
-        key."""
+        (arXiv 2204.02311, appendix B): 6 per weight that is multiplied, and 12 nh hs per layer and
+        visible key. The few weights of norms and biases count like those of matrices."""
         c = self.config
-        matrix_weights = self.n_params(active=True)
+        n_weights = self.n_params(active=True)
         if not c.tie_weights:
-            matrix_weights -= self.wte.weight.numel()  # a look-up, not a product
+            n_weights -= self.wte.weight.numel()  # a look-up, not a product
         if c.pos == 'learned':
-            matrix_weights -= self.wpe.weight.numel()
+            n_weights -= self.wpe.weight.numel()
         n_visible = min(T, c.window_size + c.n_sink)
-        return 6 * matrix_weights + 12 * c.n_layer * c.n_head * c.head_size * n_visible
+        return 6 * n_weights + 12 * c.n_layer * c.n_head * c.head_size * n_visible
 
     # ----- the forward pass
 
@@ -808,18 +815,19 @@ class GPT(nn.Module):
     # layer, and compute them there again.
     @torch.compiler.disable
     def plan(self, idx, cache, pos):
-        """The positions (B or 1, T) of a forward pass and, as a Plan, what follows from them."""
+        """The positions (B or 1, T) of a forward pass and, as a Plan, what follows from them. In a
+        cache, slots are reserved for the new tokens."""
         c = self.config
         B, T = idx.shape
         is_plain = cache is None and pos is None  # every row has its tokens at 0..T-1
-        real = None if pos is None else pos >= 0
 
         # 1. positions of the queries
         if pos is None:
             pos = torch.arange(T, device=idx.device)[None]            # (1, T)
             if cache is not None:
                 pos = cache.length[:, None] + pos                     # (B, T)
-        end = T if cache is None else cache.n_written + T  # every position is below end
+        # Positions count the tokens of a row, so all of them are below `end`.
+        end = T if cache is None else cache.n_written + T
         if c.pos == 'learned' and end > c.block_size:
             raise ValueError(f"{end} tokens do not fit in block_size {c.block_size}, which pos "
                              "'learned' cannot exceed")
@@ -830,7 +838,8 @@ class GPT(nn.Module):
         if cache is not None:
             if not c.causal:
                 raise ValueError('causal False sees all tokens at once: it cannot use a cache')
-            # A full ring has room for ever; one that was made for fewer tokens has not.
+            # A ring of window_size slots only replaces tokens that are out of sight. A smaller one,
+            # made for few tokens, would replace tokens that are still visible.
             if cache.window < c.window_size and end > cache.window:
                 raise ValueError(f'{end} tokens do not fit in a cache for {cache.window}')
             slot, k_pos = cache.assign_slots(pos)
@@ -840,10 +849,12 @@ class GPT(nn.Module):
         needs_mask = True
         if is_plain and c.attn != 'manual':
             if c.causal and c.window and T > 2 * c.window:
-                local = True         # local_attention makes its own masks
+                local = True
                 needs_mask = False
-            elif not c.causal or T <= c.window_size + c.n_sink:
-                needs_mask = False   # at most the future is hidden, by PyTorch's is_causal
+            elif c.causal and T <= c.window_size + c.n_sink:
+                needs_mask = False   # all the past is visible: PyTorch's is_causal is enough
+            elif not c.causal:
+                needs_mask = False   # everything is visible
         mask = None
         if needs_mask:
             mask = visible(pos, k_pos, c.window_size, c.n_sink, c.causal)  # (B, T, S)
@@ -859,19 +870,19 @@ class GPT(nn.Module):
             if c.n_sink and end > c.block_size:
                 sink_rope = rope_table(pos.clamp(max=c.block_size - 1), frequencies)
                 is_sink = (k_pos < c.n_sink)[:, None, :, None]        # (B, 1, S, 1)
-        return pos, Plan(rope=rope, sink_rope=sink_rope, is_sink=is_sink, mask=mask, local=local,
-                         slot=slot, real=real)
+        return pos, Plan(rope=rope, sink_rope=sink_rope, is_sink=is_sink, local=local, mask=mask,
+                         slot=slot, real=idx >= 0)
 
     def hidden(self, idx, cache=None, pos=None, read=None):
         """
         The model without its output layer: idx (B, T) -> hidden states (B, T, C) after the final
         norm.
 
-        pos (B, T) are the tokens' positions, -1 = padding, which no token sees. Without pos, tokens
-        are at 0..T-1, or continue from the cache; then padding may only be on the right of a causal
-        model, where no token sees it. Any number of tokens may follow each other: past block_size a
-        query sees at most the window and the sinks. ValueError past block_size with learned
-        positions.
+        pos (B, T) are the tokens' positions in their row, 0, 1, 2, ... without gaps, and -1 at
+        padding, which no token sees. Without pos, tokens are at 0..T-1, or continue from the cache;
+        then padding may only be on the right of a causal model, where no token sees it. Any number
+        of tokens may follow each other: past block_size a query sees at most the window and the
+        sinks. ValueError past block_size with learned positions.
 
         read is an index of N of the (B, T) tokens, such as (row, column), two tensors of numbers:
         then only these are returned, (N, C). The last MLP, and the output layer after it, skip the
@@ -922,9 +933,9 @@ class GPT(nn.Module):
         """
         To be called once per step, after its micro-batches. With moe_balance 'bias', experts with
         more than their share of the step's tokens, on all ranks, become less likely to be selected,
-        others more (arXiv 2408.15664). Resets the loads, and returns the metrics to log: the
-        largest load as a multiple of an even one, the routers' mean entropy in nats per token, and
-        each expert's share of the load.
+        others more (arXiv 2408.15664). Resets the loads, and returns the metrics to log, a dict of
+        scalar tensors: the largest load as a multiple of an even one, the routers' mean entropy in
+        nats per token, and each expert's share of the load. Only for a model with experts.
         """
         moes = self.moes
         counts = torch.stack([torch.cat((moe.load, moe.entropy[None])) for moe in moes.values()])
@@ -952,8 +963,8 @@ class GPT(nn.Module):
         """
         The list of optimizers that together train all parameters: AdamW alone, or with
         optimizer='muon' AdamW and Muon, which trains the matrices of the blocks, except the
-        routers, whose rows are of separate experts. Matrices decay; biases and norms do not. Each
-        parameter group has a peak_lr, which the schedule scales.
+        routers, whose rows are of separate experts. Matrices and embeddings decay; biases and norms
+        do not. Each parameter group has a peak_lr, which the schedule scales.
         """
         if optimizer not in ('adamw', 'muon'):
             raise ValueError(f"optimizer must be 'adamw' or 'muon'; got {optimizer!r}")
@@ -995,14 +1006,14 @@ class GPT(nn.Module):
             dtype = torch.get_autocast_dtype(device.type)
         return KVCache(self.config, window, batch_size, dtype, device)
 
-    def next_logits(self, tokens, cache, padded):
-        """The logits (B, V) of the token after `tokens` (B, T), in float32. `padded`: there may be
-        -1 among the tokens."""
+    def next_logits(self, tokens, cache):
+        """The logits (B, V) of the token after `tokens` (B, T), -1 = padding, in float32."""
         # A long prompt enters the cache in chunks of block_size. Only the last token is read.
         chunk_size = tokens.size(1) if cache is None else self.config.block_size
+        has_padding = bool((tokens < 0).any())
         for chunk in tokens.split(chunk_size, dim=1):
             pos = None
-            if padded:
+            if has_padding:
                 real = chunk >= 0
                 start = 0 if cache is None else cache.length[:, None]
                 pos = torch.where(real, start + real.cumsum(dim=1) - 1, -1)
@@ -1028,7 +1039,6 @@ class GPT(nn.Module):
         stop = torch.tensor(list(stop), dtype=torch.long, device=idx.device)
         suppress = torch.tensor(list(suppress), dtype=torch.long, device=idx.device)
         ended = torch.zeros(B, dtype=torch.bool, device=idx.device)
-        padded = bool((idx < 0).any())
 
         # With a cache each pass computes only the new tokens; without one, all tokens so far.
         # Learned positions end at block_size; past it, the last block is computed for each token.
@@ -1042,7 +1052,7 @@ class GPT(nn.Module):
             if is_learned:
                 tokens = tokens[:, -c.block_size:]
             with evaluation_mode(self):
-                logits = self.next_logits(tokens, cache, padded)
+                logits = self.next_logits(tokens, cache)
             logits[:, suppress] = -math.inf
 
             # 2. choose it
@@ -1054,8 +1064,7 @@ class GPT(nn.Module):
             new = new.masked_fill(ended[:, None], -1)
             yield new[:, 0]
 
-            # 3. a row ends with a stop token; only the steps after it give padding (-1)
-            padded = padded or bool(ended.any())
+            # 3. a row ends with its stop token; after that its tokens are -1
             ended = ended | torch.isin(new[:, 0], stop)
             if ended.all():
                 break
@@ -1099,6 +1108,17 @@ class ScalarHead(nn.Module):
         return values.squeeze(-1)
 
 
+def last_of_each_row(mask):
+    """The mask (B, T), bool, reduced to its last True in each row.
+
+    >>> last_of_each_row(torch.tensor([[True, True, False], [False, True, True]])).int()
+    tensor([[0, 1, 0],
+            [0, 0, 1]], dtype=torch.int32)
+    """
+    number = mask.cumsum(dim=1)  # 1 at the first True of a row, 2 at the second, ...
+    return mask & (number == mask.sum(dim=1, keepdim=True))
+
+
 class RewardModel(nn.Module):
     """
     A GPT as trunk and a ScalarHead: the score of a whole conversation (arXiv 2203.02155, section
@@ -1113,7 +1133,8 @@ class RewardModel(nn.Module):
         std = 1 / math.sqrt(trunk.config.n_embd + 1)  # as in arXiv 1909.08593
         self.head = ScalarHead(trunk.config.n_embd, std)
         if not trunk.config.tie_weights:
-            # The output layer is read by the denoising task only; a separate one stays frozen.
+            # Scores do not depend on the output layer, and DDP refuses parameters without
+            # gradients. The loss that forward computes from `targets` uses it as it is.
             trunk.lm_head.requires_grad_(False)
         self.register_buffer('shift', torch.zeros(()))
         self.register_buffer('scale', torch.ones(()))
@@ -1131,8 +1152,7 @@ class RewardModel(nn.Module):
         pos = torch.where(real, real.cumsum(dim=1) - 1, -1)
         is_read = real if mask is None else real & (mask > 0)         # tokens that the head reads
         if self.trunk.config.causal:
-            is_last = is_read.cumsum(dim=1) == is_read.sum(dim=1, keepdim=True)
-            is_read = is_read & is_last
+            is_read = last_of_each_row(is_read)
         row, column = is_read.nonzero(as_tuple=True)
         h = self.trunk.hidden(idx, pos=pos, read=(row, column))       # (N, C)
         values = self.head(h)                                         # (N,)

@@ -27,16 +27,16 @@ from dataclasses import asdict
 
 # configurator comes first: it answers --help before torch is loaded
 from configurator import (Logger, StopSignal, check_choice, check_divisible, configure,
-                          divergence_error, generator_for, one_line, parallel, peak_memory_mb,
-                          restore_optimizers, resume, save_checkpoint, schedule_factor, start_run,
-                          sum_over_ranks)
+                          generator_for, mean_over_ranks, must_skip, one_line, parallel,
+                          peak_memory_mb, restore_optimizers, resume, save_checkpoint,
+                          schedule_factor, start_run, sum_over_ranks)
 import torch
 import torch.nn as nn
 
 from assets.draw import draw_curves
 from data.examples import endless_order, load_examples, load_function, load_gold
 from data.pretrained import load_chat_model, load_reward_model, restore_weights
-from model import ScalarHead, skip_idle_experts
+from model import ScalarHead, last_of_each_row, skip_idle_experts, widest_float
 from sample import (answer, best_of_n, encode_prompts, exact_match, fast_decoding, pad_left,
                     prompt_limit)
 
@@ -47,7 +47,7 @@ init_from = 'out/sft'              # 'scratch' | 'resume' | a run's folder | a H
 reference_dir = ''                 # on resume: where the reference, init_from, is now, if moved
 reward_model = 'out/reward'        # folder of a run of reward.py
 gold = ''                          # checking function, FILE.py:function; '' = the dataset's own
-seed = 1337                        # every random choice is a function of (seed, step)
+seed = 1337                        # all random choices follow from it
 eval_interval = 20                 # iterations between evaluations, each with a checkpoint
 eval_prompts = 200                 # held-out prompts per evaluation
 log_interval = 1                   # iterations between lines of the log
@@ -61,7 +61,7 @@ test_draws = 4                     # sampled responses to each
 # rollout
 batch_size = 256                   # responses per iteration, over all ranks together
 minibatch_size = 64                # responses per update, over all ranks together
-gradient_accumulation_steps = 2    # micro-batches per minibatch on each rank, sorted by length
+gradient_accumulation_steps = 2    # micro-batches per minibatch, on each rank of several
 max_new_tokens = 32                # per response
 temperature = 1.0                  # of sampling; divides the logits of policy and reference too
 use_cache = True                   # False = rollouts without the KV cache, to compare
@@ -100,7 +100,7 @@ grad_clip = 1.0                    # largest gradient norm; 0 = no clipping
 lr_schedule = 'linear'             # 'cosine' | 'linear' | 'wsd' | 'constant'
 warmup_iters = 5
 attn = 'auto'                      # 'auto' | 'sdpa' | 'manual'
-moe_aux_weight = 0.01              # weight of the load-balancing loss, if moe_balance is 'aux'
+moe_aux_weight = 0.01              # weight of the load-balancing loss of 'aux'; a 'bias' stays
 # machine
 backend = 'nccl'                   # of torch.distributed on GPUs; on CPUs it is gloo
 device = 'auto'                    # 'auto' | 'cpu' | 'cuda' | 'cuda:1' | 'mps'
@@ -134,8 +134,8 @@ class Policy(nn.Module):
 
 
 # The parts of the objective. Tensors are (B, T), one row per prompt with its response, one column
-# per predicted token; mask is 1 on the tokens of the response, its end token included. The losses
-# and the mean also take the N response tokens alone, (N,), and weights in place of the mask.
+# per predicted token; mask is 1 on the tokens of the response, its end token included. update_loss
+# calls masked_mean and the losses with the N response tokens alone, (N,), and with weights as mask.
 
 def log_softmax(logits, temperature, suppress=()):
     """Log-probabilities (N, V) of the distribution that is sampled from, in float32. Ids in
@@ -154,8 +154,8 @@ def masked_mean(x, mask):
 def whiten(x, mask, keep_mean=False):
     """x with variance 1 and mean 0 (or its own mean) over the tokens in mask, of all ranks
     together; 0 elsewhere."""
-    sum_dtype = torch.float32 if x.is_mps else torch.float64
-    sums = torch.stack((mask.sum(), (x * mask).sum(), (x.square() * mask).sum())).to(sum_dtype)
+    x = x.to(widest_float(x.device.type))
+    sums = torch.stack((mask.sum(), (x * mask).sum(), (x.square() * mask).sum()))
     n, total, total_squares = sum_over_ranks(sums)
     mean = total / n
     variance = total_squares / n - mean ** 2
@@ -316,8 +316,9 @@ def adapt_kl_coef(kl_coef, kl, kl_target, kl_horizon, n_responses):
 def minimum_kl(before, after):
     """
     A lower bound of the KL, in nats per response: if the share of correct responses changes from
-    p = `before` to q = `after`, the KL is at least q ln(q / p) + (1 - q) ln((1 - q) / (1 - p)). A
-    policy that is close to this bound has changed little else.
+    p = `before` to q = `after`, the KL is at least q ln(q / p) + (1 - q) ln((1 - q) / (1 - p)),
+    because to tell responses apart only as right and wrong cannot raise a KL (the data-processing
+    inequality). A policy that is close to this bound has changed little else.
 
     >>> round(minimum_kl(0.65, 0.95), 3)
     0.263
@@ -407,7 +408,15 @@ def score_by_function(function, rows, idx, mask, tok):
         new = ids[is_response].tolist()
         text = tok.decode([token for token in new if token not in tok.eos_ids])
         scores.append(function(row['prompt'], text))
-    return torch.tensor(scores, device=idx.device)
+    return torch.tensor(scores, dtype=torch.float32, device=idx.device)
+
+
+def score_responses(scorer, rows, idx, mask, tok, batch_size):
+    """Scores (B,) of responses to the prompts of rows by a reward model, or by a function(prompt,
+    response)."""
+    if isinstance(scorer, nn.Module):
+        return score_by_model(scorer, idx, mask, batch_size)
+    return score_by_function(scorer, rows, idx, mask, tok)
 
 
 def shape_scores(scores, ended, length, score_clip, length_penalty, missing_end_score):
@@ -421,7 +430,7 @@ def shape_scores(scores, ended, length, score_clip, length_penalty, missing_end_
 def token_rewards(scores, log_ratio, mask, kl_coef):
     """Rewards (B, T): on every token the KL penalty -kl_coef * log_ratio, where log_ratio is
     logprobs - ref_logprobs; on the last token of the response also its score (B,)."""
-    is_last = (mask.cumsum(dim=1) == mask.sum(dim=1, keepdim=True)) & (mask > 0)
+    is_last = last_of_each_row(mask > 0)
     return (-kl_coef * log_ratio + is_last * scores[:, None]) * mask
 
 
@@ -429,9 +438,14 @@ def token_rewards(scores, log_ratio, mask, kl_coef):
 
 def evaluate(gpt, tok, rows, prompts, draws, max_new_tokens, temperature, run, generator):
     """
-    (figures, greedy, sampled): figures that compare the responses to prompts with the gold
-    responses of the rows, if these are known; the greedy responses; and `draws` samples of each
-    prompt, [(text, ended)]: first one of every prompt, then a second one of every prompt, ...
+    Respond to prompts (lists of ids). Returns
+
+    figures   {exact_match, exact_match_sampled, ended}: share of the greedy and of the sampled
+              responses that equal the gold response of their row, None without gold responses; and
+              share of the sampled ones that have an end token
+    greedy    the greedy response to each prompt, as text
+    sampled   `draws` samples, [(text, ended)]: one of every prompt, then a second one of every
+              prompt, ...
     """
     gold_responses = [row.get('response') for row in rows]
     with run.autocast:
@@ -447,39 +461,40 @@ def evaluate(gpt, tok, rows, prompts, draws, max_new_tokens, temperature, run, g
     return figures, greedy, sampled
 
 
-def score_policy(policy, reference, rows, prompts, tok, scorer, reward_function, check_response,
-                 config, run):
-    """{score, gold, kl} of one sampled response to each prompt, as means: the score by the reward
-    model `scorer` or, if that is None, by reward_function; 1 or 0 by check_response, if there is
-    one; the KL to the reference."""
+def score_policy(policy, reference, rows, prompts, tok, scorer, check_response, config, run):
+    """{score, gold, kl} of one sampled response to each prompt, as means: the score by scorer, not
+    shaped; 1 or 0 by check_response; the KL to the reference. Without check_response or reference
+    (None), gold or kl is left out."""
     suppress = tok.missing_ids(policy.gpt.config.vocab_size)
     batch_size = config['batch_size']
-    scores, gold_scores, kls = [], [], []
+    found = {'score': [], 'gold': [], 'kl': []}
     for i in range(0, len(rows), batch_size):
+        batch_rows = rows[i:i + batch_size]
         generator = generator_for(config['seed'], 'test score', i // batch_size, device=run.device)
         with run.autocast:
-            idx, mask, ended = rollout(policy.gpt, prompts[i:i + batch_size], tok.eos_ids,
-                                       config['max_new_tokens'], config['temperature'], generator,
-                                       suppress=suppress)
-            found = measure(policy, reference, idx, mask, config['temperature'],
-                            config['minibatch_size'], suppress)
-            if scorer is not None:
-                scores.append(score_by_model(scorer, idx, mask, config['minibatch_size']))
-        batch_rows = rows[i:i + batch_size]
-        if scorer is None:
-            scores.append(score_by_function(reward_function, batch_rows, idx, mask, tok))
+            idx, mask, _ = rollout(policy.gpt, prompts[i:i + batch_size], tok.eos_ids,
+                                   config['max_new_tokens'], config['temperature'], generator,
+                                   suppress=suppress)
+            scores = score_responses(scorer, batch_rows, idx, mask, tok, config['minibatch_size'])
+            found['score'].append(scores)
+            if reference is not None:
+                measured = measure(policy, reference, idx, mask, config['temperature'],
+                                   config['minibatch_size'], suppress)
+                found['kl'].append(measured['kl'].sum(dim=1))
         if check_response is not None:
-            gold_scores.append(score_by_function(check_response, batch_rows, idx, mask, tok))
-        kls.append(found['kl'].sum(dim=1))
-    figures = {'score': torch.cat(scores).mean().item(), 'kl': torch.cat(kls).mean().item()}
-    if gold_scores:
-        figures['gold'] = torch.cat(gold_scores).mean().item()
-    return figures
+            if check_response is not scorer:
+                scores = score_by_function(check_response, batch_rows, idx, mask, tok)
+            found['gold'].append(scores)
+    return {name: torch.cat(parts).mean().item() for name, parts in found.items() if parts}
 
 
-def final_figures(policy, reference, rows, prompts, tok, scorer, reward_function, check_response,
-                  config, run):
-    """The figures of the test prompts, before (the reference) and after training."""
+def final_figures(policy, reference, rows, prompts, tok, scorer, check_response, config, run):
+    """
+    The figures of the test prompts: those of `evaluate` and score_policy after training, and before
+    (of the reference) with _before at the end of their names; kl_minimum; and with a reward model
+    best_of_4, the exact match of the best of four samples of the reference. Left out are those that
+    need gold responses that are not known.
+    """
     draws = config['test_draws']
     found = {}
     for name, gpt in (('before', reference), ('after', policy.gpt)):
@@ -489,20 +504,19 @@ def final_figures(policy, reference, rows, prompts, tok, scorer, reward_function
     before, _, sampled_before = found['before']
     after, _, _ = found['after']
     reference_policy = Policy(reference, separate_critic=False).to(run.device)
-    before |= score_policy(reference_policy, reference, rows, prompts, tok, scorer, reward_function,
-                           check_response, config, run)
-    del before['kl']  # of the reference to itself
-    figures = after | score_policy(policy, reference, rows, prompts, tok, scorer,
-                                   reward_function, check_response, config, run)
+    before |= score_policy(reference_policy, None, rows, prompts, tok, scorer, check_response,
+                           config, run)
+    figures = after | score_policy(policy, reference, rows, prompts, tok, scorer, check_response,
+                                   config, run)
     if after['exact_match_sampled'] is not None:
         figures['kl_minimum'] = minimum_kl(before['exact_match_sampled'],
                                            after['exact_match_sampled'])
     for name, value in before.items():
         figures[f'{name}_before'] = value
 
-    # The same reward model without PPO: the best of four samples of the reference.
+    # what the reward model achieves without PPO
     gold_responses = [row.get('response') for row in rows]
-    if scorer is not None and draws >= 4 and None not in gold_responses:
+    if isinstance(scorer, nn.Module) and draws >= 4 and None not in gold_responses:
         # `sampled` has one pass over the rows after the other; best_of_n takes them row by row.
         four = [sampled_before[draw * len(rows) + i] for i in range(len(rows)) for draw in range(4)]
         conversations = [row['messages'] for row in rows]
@@ -526,12 +540,12 @@ if __name__ == '__main__':
     config, overrides = configure(globals())
     config, checkpoint = resume(config, overrides, fixed={'dataset', 'separate_critic', 'adv'})
     globals().update(config)
-    # The run's first starting point, which is also the reference; resume() has restored init_from.
     if reference_dir and not checkpoint:
         raise ValueError('reference_dir is for a resumed run; a new one starts from init_from')
+    # The model that the run started from, also on resume, where resume() has restored init_from.
     source = reference_dir or init_from
     first_step = checkpoint.get('step', 0)
-    if '.py:' not in reward:
+    if '.py:' not in reward:  # FILE.py:function is checked when it is loaded
         check_choice(config, 'reward', ('model', 'gold', 'FILE.py:function'))
     check_choice(config, 'kl_control', ('fixed', 'adaptive', 'none'))
     check_choice(config, 'adv', ('gae', 'rloo', 'grpo'))
@@ -543,6 +557,8 @@ if __name__ == '__main__':
     if adv != 'gae' and group_size < 2:
         raise ValueError(f'group_size must be at least 2 for {adv}; got {group_size}')
     responses_per_prompt = 1 if adv == 'gae' else group_size
+    if adv != 'gae' and separate_critic:
+        raise ValueError(f"separate_critic is for adv 'gae': {adv} has no critic")
     if batch_size % minibatch_size:
         raise ValueError(f'batch_size {batch_size} must be a multiple of minibatch_size '
                          f'{minibatch_size}')
@@ -557,6 +573,7 @@ if __name__ == '__main__':
     reference, tok = load_chat_model(source, config)
     suppress = tok.missing_ids(reference.config.vocab_size)
     block_size = reference.config.block_size
+    # prompt_limit leaves at least half of the context to prompts, however long responses may be.
     longest = prompt_limit(tok, block_size, max_new_tokens) + max_new_tokens
     if reference.config.pos == 'learned' and longest > block_size:
         raise ValueError(f'max_new_tokens {max_new_tokens} is too much for block_size '
@@ -564,20 +581,18 @@ if __name__ == '__main__':
                          f'{longest - block_size}')
     prompts = encode_prompts([row['messages'] for row in train_rows], tok, block_size,
                              max_new_tokens)
-    val_prompts = encode_prompts([row['messages'] for row in eval_rows], tok, block_size,
-                                 max_new_tokens)
+    eval_prompt_ids = encode_prompts([row['messages'] for row in eval_rows], tok, block_size,
+                                     max_new_tokens)
     check_response = load_gold(dataset, gold)
-    scorer = None  # the reward model
-    reward_function = None
     if reward == 'model':
         scorer = load_reward_model(reward_model, tok)
     elif reward == 'gold':
-        reward_function = check_response
+        scorer = check_response
         if check_response is None:
             raise ValueError(f"reward='gold': {dataset} has no checking function; give one by "
                              '--gold=FILE.py:function')
     else:
-        reward_function = load_function(reward)
+        scorer = load_function(reward)
     policy = Policy(copy.deepcopy(reference), separate_critic)
     if checkpoint:
         restore_weights(policy, checkpoint.get('policy'), out_dir)
@@ -588,7 +603,7 @@ if __name__ == '__main__':
     # From the work to do, start_run decides whether compiling is worth its time.
     run = start_run(config, flops=reference.flops_per_token(64) * n_tokens)
     for module in (reference, policy, scorer):
-        if module is not None:
+        if isinstance(module, nn.Module):  # scorer may be a function
             # In eval mode, also while training: dropout would make the ratios differ from 1.
             module.to(run.device).eval()
     norm_weight = policy.gpt.ln_f.weight
@@ -619,11 +634,12 @@ if __name__ == '__main__':
     if run.is_master:
         tok.save(os.path.join(out_dir, 'tokenizer.json'))
     stop = StopSignal()
-    responses_before = []  # of the reference, to show beside those of the policy
+    # Greedy responses of the reference to a few prompts, to show beside those of the policy.
+    responses_before = []
     if run.is_master:
-        _, responses_before, _ = evaluate(reference, tok, eval_rows[:8], val_prompts[:8], 1,
-                                          max_new_tokens, temperature, run,
-                                          generator_for(seed, 'before', device=run.device))
+        with run.autocast:
+            responses_before = answer(reference, tok, eval_prompt_ids[:8], max_new_tokens,
+                                      temperature=0)
 
     # The KL coefficient; a resumed run continues with its own, unless the settings changed.
     kl_coef_now = 0.0 if kl_control == 'none' else kl_coef
@@ -657,12 +673,11 @@ if __name__ == '__main__':
         if stopping:
             break
         if run.is_master and (done or step % eval_interval == 0):
-            figures, responses, _ = evaluate(policy.gpt, tok, eval_rows, val_prompts, 2,
-                                             max_new_tokens, temperature, run,
-                                             generator_for(seed, 'evaluation', step,
-                                                           device=run.device))
+            generator = generator_for(seed, 'evaluation', step, device=run.device)
+            figures, responses, _ = evaluate(policy.gpt, tok, eval_rows, eval_prompt_ids, 2,
+                                             max_new_tokens, temperature, run, generator)
             logger.log(step, {f'eval/{name}': value for name, value in figures.items()})
-            for row, before, after in zip(eval_rows, responses_before, responses):
+            for row, (before, _), after in zip(eval_rows, responses_before, responses):
                 gold_response = row.get('response', '?')
                 print(f"    {one_line(row['prompt'])} -> {one_line(before)} -> {one_line(after)}   "
                       f'(gold: {one_line(gold_response)})', flush=True)
@@ -675,28 +690,22 @@ if __name__ == '__main__':
 
         # 6. sample: this rank's share of the responses, those to one prompt side by side
         rollout_began = time.perf_counter()
-        order = endless_order(len(prompts), step * prompts_per_step, prompts_per_step, seed,
+        drawn = endless_order(len(prompts), step * prompts_per_step, prompts_per_step, seed,
                               'prompts')
-        order = [i for i in order for _ in range(responses_per_prompt)]
+        repeated = [i for i in drawn for _ in range(responses_per_prompt)]
         n_responses = batch_size // run.world_size
-        order = order[run.rank * n_responses:(run.rank + 1) * n_responses]
+        own = repeated[run.rank * n_responses:(run.rank + 1) * n_responses]
         generator = generator_for(seed, 'rollout', step, run.rank, device=run.device)
         with run.autocast:
             idx, response_mask, ended = rollout(
-                policy.gpt, [prompts[i] for i in order], tok.eos_ids, max_new_tokens, temperature,
+                policy.gpt, [prompts[i] for i in own], tok.eos_ids, max_new_tokens, temperature,
                 generator, use_cache, suppress)
         rollout_time = time.perf_counter() - rollout_began
 
         # 7. score the responses, and measure them under the policy and the reference
-        rows = [train_rows[i] for i in order]
-        gold_scores = None
-        if check_response is not None:
-            gold_scores = score_by_function(check_response, rows, idx, response_mask, tok)
+        rows = [train_rows[i] for i in own]
         with run.autocast:
-            if scorer is None:
-                scores = score_by_function(reward_function, rows, idx, response_mask, tok)
-            else:
-                scores = score_by_model(scorer, idx, response_mask, minibatch_size)
+            scores = score_responses(scorer, rows, idx, response_mask, tok, minibatch_size)
             old = measure(wrapped, reference, idx, response_mask, temperature, minibatch_size,
                           suppress)
         # From here on a column is a predicted token: tensors are (B, T - 1).
@@ -709,17 +718,18 @@ if __name__ == '__main__':
 
         # 8. rewards and advantages; GRPO takes the scores alone, with its KL penalty in the loss
         shaped = shape_scores(scores, ended, length, score_clip, length_penalty, missing_end_score)
-        rewards = token_rewards(shaped, log_ratio, mask, kl_coef_now)
-        if whiten_rewards:
-            rewards = whiten(rewards, mask, keep_mean=True)
         returns = None  # what the critic learns
+        if adv == 'grpo':
+            advantages = grpo_advantages(shaped, group_size, grpo_std)[:, None] * mask
+        else:
+            rewards = token_rewards(shaped, log_ratio, mask, kl_coef_now)
+            if whiten_rewards:
+                rewards = whiten(rewards, mask, keep_mean=True)
         if adv == 'gae':
             advantages, returns = compute_gae(rewards, old_values, mask, gamma, lam)
             advantages = whiten(advantages, mask)
         elif adv == 'rloo':
             advantages = rloo_advantages(rewards.sum(dim=1), group_size)[:, None] * mask
-        elif adv == 'grpo':
-            advantages = grpo_advantages(shaped, group_size, grpo_std)[:, None] * mask
         # How much each token counts in the means of the update.
         weight = mask / length[:, None] if loss_mean == 'response' else mask
         batch = {'idx': idx, 'mask': mask, 'weight': weight, 'old_logprobs': old_logprobs,
@@ -733,18 +743,24 @@ if __name__ == '__main__':
             shuffled = torch.randperm(n_responses, generator=generator).to(run.device)
             for minibatch in shuffled.split(minibatch_size // run.world_size):
                 if kl_stop and updates and updates[-1]['policy/approxkl'] > kl_stop:
-                    break  # and in later epochs again, because updates[-1] stays: on all ranks
+                    # All ranks stop, because the figure is their mean. No update follows in later
+                    # epochs either: they find the same updates[-1].
+                    break
                 total_weight = sum_over_ranks(weight[minibatch].sum())
                 chunk_size = math.ceil(len(minibatch) / gradient_accumulation_steps)
-                update = {}
-                for chunk, T in length_chunks(idx[minibatch], chunk_size):
+                chunks = list(length_chunks(idx[minibatch], chunk_size))
+                update = {}  # its metrics
+                for i, (chunk, T) in enumerate(chunks):
                     mb = minibatch[chunk]
+                    if run.world_size > 1:
+                        # The ranks exchange gradients once, after the last micro-batch.
+                        wrapped.require_backward_grad_sync = i == len(chunks) - 1
                     with run.autocast:
                         loss, mb_metrics = update_loss(wrapped, batch, mb, T, kl_coef_now, config,
                                                        suppress)
-                    # The share of this micro-batch in the mean over the minibatch of all ranks. The
-                    # factor world_size cancels a division by it: of gradients by DDP, of metrics
-                    # below.
+                    # The weight of this micro-batch as a share of the minibatch of all ranks.
+                    # Gradients and metrics are averaged over the ranks later; times world_size,
+                    # these averages are sums.
                     share = weight[mb].sum() / total_weight * run.world_size
                     total = loss + moe_aux_weight * policy.gpt.aux_loss()
                     run.scaler.scale(total * share).backward()
@@ -757,28 +773,25 @@ if __name__ == '__main__':
                 skip_idle_experts(policy)  # experts without tokens stay as they are
                 grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(),
                                                            grad_clip or math.inf)
-                overflow = not torch.isfinite(grad_norm)
-                loss = update['loss/policy']
-                may_skip = run.scaler.is_enabled() and torch.isfinite(loss)  # float16 may overflow
-                if overflow and not may_skip:
-                    raise divergence_error(step, out_dir, saved_step, loss=loss,
-                                           grad_norm=grad_norm)
+                # raises an error if the run has diverged
+                skipped = must_skip(run, grad_norm, update['loss/policy'], step, out_dir,
+                                    saved_step)
                 for o in optimizers:
-                    if not overflow:  # otherwise the step is skipped by all optimizers
+                    if not skipped:
                         run.scaler.step(o)
                     o.zero_grad(set_to_none=True)
                 run.scaler.update()
-                update['grad_norm'] = torch.zeros_like(loss) if overflow else grad_norm
-                update['skipped'] = torch.as_tensor(float(overflow), device=run.device)
-                means = sum_over_ranks(torch.stack(list(update.values()))) / run.world_size
-                updates.append(dict(zip(update, means.tolist())))
+                update['grad_norm'] = torch.zeros_like(grad_norm) if skipped else grad_norm
+                update['skipped'] = torch.full_like(grad_norm, skipped)
+                updates.append(mean_over_ranks(update, run))
 
         # 11. metrics of the iteration, averaged over the ranks
-        penalty = -kl_coef_now * log_ratio.sum(dim=1)
+        kl = log_ratio.sum(dim=1)
+        penalty = -kl_coef_now * kl
         k3 = k3_estimate(old_logprobs, ref_logprobs) * mask
         metrics = {
             # KL to the reference, nats per response: two estimates and the exact one
-            'objective/kl': log_ratio.sum(dim=1).mean(),
+            'objective/kl': kl.mean(),
             'objective/kl_k3': k3.sum(dim=1).mean(),
             'objective/kl_exact': old['kl'].sum(dim=1).mean(),
             # entropy of the policy, nats per token
@@ -796,10 +809,12 @@ if __name__ == '__main__':
             unexplained = (returns - old_values)[mask > 0].var()
             variance = returns[mask > 0].var().clamp(min=1e-8)
             metrics['val/explained_variance'] = 1 - unexplained / variance
-        if gold_scores is not None:
+        if check_response is not None:
+            gold_scores = scores
+            if scorer is not check_response:
+                gold_scores = score_by_function(check_response, rows, idx, response_mask, tok)
             metrics['objective/gold'] = gold_scores.mean()
-        means = sum_over_ranks(torch.stack(list(metrics.values()))) / run.world_size
-        metrics = dict(zip(metrics, means.tolist()))
+        metrics = mean_over_ranks(metrics, run)
         metrics['objective/kl_coef'] = kl_coef_now
         if kl_control == 'adaptive':
             kl_coef_now = adapt_kl_coef(kl_coef_now, metrics['objective/kl_exact'], kl_target,
@@ -829,7 +844,7 @@ if __name__ == '__main__':
     test_prompt_ids = encode_prompts([row['messages'] for row in test_rows], tok, block_size,
                                      max_new_tokens)
     figures = final_figures(policy, reference, test_rows, test_prompt_ids, tok, scorer,
-                            reward_function, check_response, config, run)
+                            check_response, config, run)
     for name, value in figures.items():
         print(f'    {name:28} {value:8.4f}')
     episodes = (step - first_step) * batch_size

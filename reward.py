@@ -20,9 +20,9 @@ from dataclasses import asdict, replace
 
 # configurator comes first: it answers --help before torch is loaded
 from configurator import (Logger, StopSignal, check_choice, check_divisible, configure,
-                          divergence_error, generator_for, parallel, peak_memory_mb,
+                          generator_for, mean_over_ranks, must_skip, parallel, peak_memory_mb,
                           restore_optimizers, resume, save_checkpoint, schedule_factor, seed_for,
-                          start_run, sum_over_ranks)
+                          start_run)
 import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -76,7 +76,7 @@ grad_clip = 1.0                    # largest gradient norm; 0 = no clipping
 lr_schedule = 'linear'             # 'cosine' | 'linear' | 'wsd' | 'constant'
 warmup_iters = 20
 attn = 'auto'                      # 'auto' | 'sdpa' | 'manual'
-moe_aux_weight = 0.01              # weight of the load-balancing loss, if moe_balance is 'aux'
+moe_aux_weight = 0.01              # weight of the load-balancing loss of 'aux'; a 'bias' stays
 # machine
 backend = 'nccl'                   # of torch.distributed on GPUs; on CPUs it is gloo
 device = 'auto'                    # 'auto' | 'cpu' | 'cuda' | 'cuda:1' | 'mps'
@@ -654,27 +654,24 @@ if __name__ == '__main__':
             run.scaler.unscale_(o)
         skip_idle_experts(model)  # experts without tokens stay as they are
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        overflow = not torch.isfinite(grad_norm)
-        may_skip = run.scaler.is_enabled() and torch.isfinite(mean_loss)  # float16 may overflow
-        if overflow and not may_skip:
-            raise divergence_error(step, out_dir, saved_step, loss=mean_loss, grad_norm=grad_norm)
+        # raises an error if the run has diverged
+        skipped = must_skip(run, grad_norm, mean_loss, step, out_dir, saved_step)
         for o in optimizers:
-            if not overflow:  # otherwise the step is skipped by all optimizers
+            if not skipped:
                 run.scaler.step(o)
             o.zero_grad(set_to_none=True)
         run.scaler.update()
 
         # 8. log
         if step % log_interval == 0:
-            means = torch.stack((mean_loss, mean_denoise_loss, mean_accuracy))
-            means = (sum_over_ranks(means) / run.world_size).tolist()
-            metrics = {'loss': means[0], 'denoise_loss': means[1], 'train_accuracy': means[2],
-                       'lr': optimizers[0].param_groups[0]['lr']}
+            metrics = mean_over_ranks({'loss': mean_loss, 'denoise_loss': mean_denoise_loss,
+                                       'train_accuracy': mean_accuracy}, run)
+            metrics['lr'] = optimizers[0].param_groups[0]['lr']
             if loss != 'dpo':
                 metrics['head_lr'] = optimizers[0].param_groups[-1]['lr']
             if len(optimizers) > 1:
                 metrics['muon_lr'] = optimizers[1].param_groups[0]['lr']
-            if overflow:
+            if skipped:
                 metrics['skipped'] = 1
             else:
                 metrics['grad_norm'] = grad_norm.item()

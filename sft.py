@@ -19,7 +19,7 @@ from dataclasses import asdict
 
 # configurator comes first: it answers --help before torch is loaded
 from configurator import (Logger, StopSignal, check_choice, check_divisible, configure,
-                          divergence_error, generator_for, one_line, parallel, peak_memory_mb,
+                          generator_for, must_skip, one_line, parallel, peak_memory_mb,
                           restore_optimizers, resume, save_checkpoint, schedule_factor, seed_for,
                           start_run, sum_over_ranks)
 import torch
@@ -69,7 +69,7 @@ lr_schedule = 'linear'             # 'cosine' | 'linear' | 'wsd' | 'constant'
 warmup_iters = 20
 dropout = 0.0
 attn = 'auto'                      # 'auto' | 'sdpa' | 'manual'
-moe_aux_weight = 0.01              # weight of the load-balancing loss, if moe_balance is 'aux'
+moe_aux_weight = 0.01              # weight of the load-balancing loss of 'aux'; a 'bias' stays
 # machine
 backend = 'nccl'                   # of torch.distributed on GPUs; on CPUs it is gloo
 device = 'auto'                    # 'auto' | 'cpu' | 'cuda' | 'cuda:1' | 'mps'
@@ -373,12 +373,10 @@ if __name__ == '__main__':
             run.scaler.unscale_(o)
         skip_idle_experts(model)  # experts without tokens stay as they are
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        overflow = not torch.isfinite(grad_norm)
-        may_skip = run.scaler.is_enabled() and torch.isfinite(loss)  # float16 may overflow
-        if overflow and not may_skip:
-            raise divergence_error(step, out_dir, saved_step, loss=loss, grad_norm=grad_norm)
+        # raises an error if the run has diverged
+        skipped = must_skip(run, grad_norm, loss, step, out_dir, saved_step)
         for o in optimizers:
-            if not overflow:  # otherwise the step is skipped by all optimizers
+            if not skipped:
                 run.scaler.step(o)
             o.zero_grad(set_to_none=True)
         run.scaler.update()
@@ -390,7 +388,7 @@ if __name__ == '__main__':
                        'lr': optimizers[0].param_groups[0]['lr']}
             if len(optimizers) > 1:
                 metrics['muon_lr'] = optimizers[1].param_groups[0]['lr']
-            if overflow:
+            if skipped:
                 metrics['skipped'] = 1
             else:
                 metrics['grad_norm'] = grad_norm.item()

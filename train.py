@@ -7,8 +7,8 @@ Train a language model on a dataset of tokens, from scratch or from any checkpoi
     python train.py --init_from=resume                   continue a stopped run, with its settings
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
-A dataset that is missing is prepared first. Every random choice is a function of (seed, step), so a
-resumed run, on any number of ranks, sees the batches of a run that was never stopped.
+A dataset that is missing is prepared first. The batches of a step are a function of the seed and
+the step alone, so a resumed run, on any number of ranks, sees those of a run that never stopped.
 """
 import math
 import os
@@ -17,8 +17,8 @@ from dataclasses import asdict
 
 # configurator comes first: it answers --help before torch is loaded
 from configurator import (Logger, StopSignal, check_divisible, configure, divergence_error,
-                          generator_for, parallel, peak_flops, peak_memory_mb, printable,
-                          read_checkpoint, restore_optimizers, resume, save_checkpoint,
+                          generator_for, must_skip, parallel, peak_flops, peak_memory_mb,
+                          printable, read_checkpoint, restore_optimizers, resume, save_checkpoint,
                           schedule_factor, seed_for, start_run, sum_over_ranks)
 import numpy as np
 import torch
@@ -27,14 +27,14 @@ from assets.draw import draw_curves
 from bpe import NAMED_TOKENIZERS
 from data.dataset import load_dataset
 from data.pretrained import export_problem, load_model
-from model import GPTConfig, evaluation_mode, skip_idle_experts
+from model import GPTConfig, evaluation_mode, skip_idle_experts, widest_float
 
 # -----------------------------------------------------------------------------
 # the run
 out_dir = 'out/base'               # folder of the run: checkpoints, log, curves
 init_from = 'scratch'              # 'scratch' | 'resume' | a run's folder | a Hugging Face model
-seed = 1337                        # random choices are functions of seed, purpose, step and rank
-eval_interval = 200                # steps between evaluations, each with a sample and a checkpoint
+seed = 1337                        # all random choices follow from it
+eval_interval = 200                # steps between evaluations, with a sample and a checkpoint
 eval_iters = 20                    # validation batches, evenly spread; 0 = the whole validation set
 eval_only = False                  # evaluate once, log it in out_dir/eval, and stop
 log_interval = 10                  # steps between lines of the log
@@ -47,7 +47,8 @@ wandb_run_name = 'base'
 # data
 dataset = 'shakespeare'            # a folder of data/, or the full path of a folder elsewhere
 tokenizer = 'bpe'                  # 'byte' | 'bpe' | 'gpt2' | a tokenizer.json or its folder |
-                                   # '' = as the dataset was prepared, the default if --dataset
+                                   # '' = as the dataset was prepared; the default is '' if
+                                   # --dataset is given
 vocab_size = 2048                  # of a 'bpe' tokenizer; 0 = as the dataset was prepared
 gradient_accumulation_steps = 1    # micro-batches per step, over all ranks together
 batch_size = 16                    # sequences per micro-batch
@@ -108,8 +109,9 @@ ARCHITECTURE = {name for name in GPTConfig.__dataclass_fields__
 
 def get_batch(data, starts, block_size, vocab_size):
     """
-    Sequences of block_size tokens from each start: x (B, T) and y, the same shifted by one, so that
-    y[:, t] is the token after x[:, t]. ValueError for an id that is not in the vocabulary.
+    Sequences of block_size tokens of data, an np.memmap, from each start: x (B, T) and y, the same
+    shifted by one, so that y[:, t] is the token after x[:, t]. ValueError for an id that is not in
+    the vocabulary.
     """
     offsets = np.asarray(starts)[:, None] + np.arange(block_size + 1)  # (B, T + 1)
     tokens = data[offsets].astype(np.int64)
@@ -153,8 +155,8 @@ def evaluate(model, data, block_size, batch_size, run, n_batches=0):
             with run.autocast:
                 _, loss = model(x.to(run.device), y.to(run.device))
             total += torch.tensor([loss.item() * y.numel(), y.numel()])
-    sum_dtype = torch.float32 if run.device_type == 'mps' else torch.float64
-    loss_sum, n_tokens = sum_over_ranks(total.to(run.device, sum_dtype)).tolist()
+    total = total.to(run.device, widest_float(run.device_type))
+    loss_sum, n_tokens = sum_over_ranks(total).tolist()
     return loss_sum / n_tokens
 
 
@@ -170,8 +172,8 @@ def check_architecture(model, config, overrides, source):
     for name, where in overrides.items():
         if name not in ARCHITECTURE:
             continue
-        # 0 stands for the usual value of some flags, so both forms of the model's value are equal.
-        if config[name] == has[name] or config[name] == getattr(model.config, name):
+        # Of some flags 0 means the usual value, so n_kv_head 0 and 4 may be the same model.
+        if config[name] in (has[name], getattr(model.config, name)):
             continue
         if where.startswith('--'):
             raise ValueError(f'{where}: {source} has {name}={has[name]!r}, which cannot change; '
@@ -194,8 +196,8 @@ def choose_tokenizer(config, overrides):
 
 
 def find_best_val_loss(out_dir, checkpoint):
-    """The lowest validation loss of a run so far; infinity for a new one. ckpt_best.pt may be newer
-    than ckpt.pt, which is saved before each evaluation."""
+    """The lowest validation loss of a run so far; infinity for a new one. ckpt_best.pt may know a
+    lower one than ckpt.pt, which is usually saved before the evaluation."""
     best_val_loss = checkpoint.get('best_val_loss', math.inf)
     path = os.path.join(out_dir, 'ckpt_best.pt')
     if checkpoint and os.path.exists(path):
@@ -219,8 +221,9 @@ if __name__ == '__main__':
     # 1. settings; a resumed run continues with its own
     config, overrides = configure(globals())
     config = choose_tokenizer(config, overrides)
+    # A resumed run keeps its block_size too: it may grow only where a new run starts from a model.
     fixed = ARCHITECTURE | {'block_size', 'optimizer'}
-    config, checkpoint = resume(config, overrides, fixed)
+    config, checkpoint = resume(config, overrides, fixed=fixed)
     globals().update(config)
     source = init_from  # the run's first starting point: resume() has restored init_from
     first_step = checkpoint.get('step', 0)
@@ -230,20 +233,23 @@ if __name__ == '__main__':
     tokenizer_name = meta['tokenizer']['name']
     model_settings = dict(config)
     if source != 'scratch' and 'block_size' not in overrides:
-        del model_settings['block_size']  # a loaded model keeps its own context
+        # load_model extends the context to a larger block_size; without one it stays as it is.
+        del model_settings['block_size']
+    # On resume the model is that of the checkpoint, otherwise that of the source.
     model, tok = load_model(checkpoint or source, model_settings, tok)
     block_size = min(block_size, model.config.block_size)  # of the training sequences
     ignored_files = []
     if not checkpoint and source != 'scratch':
         ignored_files = check_architecture(model, config, overrides, source)
 
-    # Record also what no setting chose: the tokenizer of the data, and the architecture of a loaded
-    # model. So a resumed run asks for the same tokenizer, and comparisons show what was trained.
+    # The settings to record: those above, and what they left open.
     recorded = dict(config, block_size=block_size)
     if tokenizer_name in NAMED_TOKENIZERS:
+        # A resumed run asks for the tokenizer that was used. Only 'bpe' can have several sizes.
         recorded['tokenizer'] = tokenizer_name
         recorded['vocab_size'] = tok.vocab_size if tokenizer_name == 'bpe' else 0
     if source != 'scratch':
+        # A loaded model has its own architecture, which comparisons of runs are to show.
         for name, value in model.config.resolved().items():
             if name in ARCHITECTURE and name in config:
                 recorded[name] = value
@@ -364,12 +370,10 @@ if __name__ == '__main__':
             run.scaler.unscale_(o)
         skip_idle_experts(model)  # experts without tokens stay as they are
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        overflow = not torch.isfinite(grad_norm)
-        may_skip = run.scaler.is_enabled() and torch.isfinite(loss)  # float16 may overflow
-        if overflow and not may_skip:
-            raise divergence_error(step, out_dir, saved_step, loss=loss, grad_norm=grad_norm)
+        # raises an error if the run has diverged
+        skipped = must_skip(run, grad_norm, loss, step, out_dir, saved_step)
         for o in optimizers:
-            if not overflow:  # otherwise the step is skipped by all optimizers
+            if not skipped:
                 run.scaler.step(o)
             o.zero_grad(set_to_none=True)
         run.scaler.update()
@@ -383,7 +387,7 @@ if __name__ == '__main__':
             metrics = {'loss': loss, 'lr': optimizers[0].param_groups[0]['lr']}
             if len(optimizers) > 1:
                 metrics['muon_lr'] = optimizers[1].param_groups[0]['lr']
-            if overflow:
+            if skipped:
                 metrics['skipped'] = 1
             else:
                 metrics['grad_norm'] = grad_norm.item()
@@ -397,7 +401,7 @@ if __name__ == '__main__':
     stop.end_training(run, stopping, step, out_dir)  # other ranks, and a stopped run, exit here
     n_steps = step - first_step  # of this process
     logger.final({'val_loss': val_loss, 'val_bpb': val_bpb,
-                  'val_nats_per_byte': val_bpb * math.log(2),
+                  'val_nats_per_byte': val_loss / bytes_per_token,
                   'tokens_per_second': n_steps * tokens_per_step / max(train_seconds, 1e-9),
                   'seconds': time.perf_counter() - began,
                   'peak_memory_mb': peak_memory_mb(run.device_type), 'steps': step,

@@ -31,12 +31,13 @@ import zipfile
 import pytest
 import torch
 
+import configurator
 import train
 from configurator import (Logger, StopSignal, check_choice, check_divisible, configure,
                           divergence_error, generator_for, learning_rate_at, load_checkpoint,
-                          one_line_errors, parallel, peak_flops, peak_memory_mb, print_help,
-                          read_log, read_settings, restore_optimizers, resume, save_checkpoint,
-                          schedule_factor, seed_for, start_run, write_atomically)
+                          must_skip, one_line_errors, parallel, peak_flops, peak_memory_mb,
+                          print_help, read_log, read_settings, restore_optimizers, resume,
+                          save_checkpoint, schedule_factor, seed_for, start_run, write_atomically)
 from conftest import ROOT, call, finish, ok, one_line, start
 
 # -----------------------------------------------------------------------------
@@ -1006,6 +1007,27 @@ def test_the_error_of_a_run_that_diverged_names_the_step_the_numbers_and_the_che
     error = divergence_error(7, folder, 5, loss=torch.tensor(math.nan), grad_norm=math.inf)
     assert str(error).startswith(beginning)
     assert str(error).endswith(f'Last good checkpoint: {folder}, step 5')
+
+
+@pytest.mark.parametrize('float16, grad_norm, loss, loss_of_other_rank, expected', [
+    (True, 1.0, 2.0, 2.0, 'step'), (False, 1.0, 2.0, 2.0, 'step'),
+    (True, math.inf, 2.0, 2.0, 'skip'), (True, math.nan, 2.0, 2.0, 'skip'),
+    (False, math.inf, 2.0, 2.0, 'error'), (True, math.nan, math.nan, 2.0, 'error'),
+    # Both ranks find the same: otherwise one would wait for the other for ever.
+    (True, math.nan, 2.0, math.nan, 'error')])
+def test_a_step_is_skipped_only_if_float16_gradients_overflowed_on_all_ranks(
+        monkeypatch, tmp_path, float16, grad_norm, loss, loss_of_other_rank, expected):
+    monkeypatch.setattr(configurator, 'sum_over_ranks', lambda x: x + loss_of_other_rank)
+    scaler = types.SimpleNamespace(is_enabled=lambda: float16)
+    run = types.SimpleNamespace(scaler=scaler)
+    own_loss = torch.tensor(loss)
+    arguments = (run, torch.tensor(grad_norm), own_loss, 3, str(tmp_path), 0)
+    if expected == 'error':
+        with pytest.raises(ValueError, match='step 3: .*diverged'):
+            must_skip(*arguments)
+    else:
+        assert must_skip(*arguments) == (expected == 'skip')
+    assert own_loss.item() == pytest.approx(loss, nan_ok=True)
 
 
 # -----------------------------------------------------------------------------

@@ -230,7 +230,7 @@ PURPOSES = {
     'sft': {'batches', 'dropout', 'evaluation', 'test'},
     'reward': {'batches', 'reward head', 'denoising', 'normalisation'},
     'reward, dpo': {'batches'},
-    'ppo': {'before', 'evaluation', 'prompts', 'rollout', 'minibatches', 'test', 'test score'}}
+    'ppo': {'evaluation', 'prompts', 'rollout', 'minibatches', 'test', 'test score'}}
 
 
 @pytest.mark.parametrize('stage', STAGES)

@@ -369,6 +369,26 @@ def test_padding_is_counted_in_no_loss_no_load_and_no_entropy(settings):
     assert close(losses, torch.stack((layer.balancing_loss, layer.z_loss)), 1e-5)
 
 
+def test_padding_on_the_right_is_counted_in_no_layer_also_without_positions():
+    model = small_gpt(n_expert=4, n_layer=3).train()
+    idx = some_ids(2, 9)
+    idx[0, 5:] = -1
+    pos = torch.arange(9).expand(2, -1).masked_fill(idx < 0, -1)
+
+    def losses_and_loads(**arguments):
+        for moe in model.moes.values():
+            moe.load = torch.zeros(4)
+        model.hidden(idx, **arguments)
+        loads = torch.stack([moe.load for moe in model.moes.values()])
+        return torch.stack((model.aux_loss(), model.aux_loss('z'))), loads
+
+    losses, loads = losses_and_loads(pos=pos)
+    assert (loads.sum(dim=1) == 14 * model.config.n_expert_active).all()
+    for read in (None, (idx >= 0).nonzero(as_tuple=True)):
+        other_losses, other_loads = losses_and_loads(read=read)
+        assert close(losses, other_losses, 1e-5) and torch.equal(loads, other_loads)
+
+
 # -----------------------------------------------------------------------------
 # The bias on the selection
 

@@ -113,6 +113,10 @@ def test_whitening_uses_the_tokens_in_the_mask_only():
     assert kept.mean() == pytest.approx(real.mean(), abs=1e-5)
     assert kept.std() == pytest.approx(1, abs=1e-4)
 
+    # The sums of squares are in float64: in float32 this variance would be lost.
+    shifted = ppo.whiten(x + 1e4, mask)
+    assert np.allclose(shifted[mask > 0], expected, atol=1e-3)
+
 
 def test_the_policy_loss_is_the_mean_of_the_clipped_objective_of_each_token():
     torch.manual_seed(0)
@@ -935,6 +939,8 @@ def test_learned_positions_refuse_more_tokens_than_block_size_and_name_the_remed
     (['--minibatch_size=7'], 'batch_size 16 must be a multiple of minibatch_size 7'),
     (['--adv=rloo', '--group_size=1'], 'group_size must be at least 2 for rloo; got 1'),
     (['--adv=grpo', '--group_size=0'], 'group_size must be at least 2 for grpo; got 0'),
+    (['--adv=rloo', '--separate_critic=True'],
+     "separate_critic is for adv 'gae': rloo has no critic"),
     (['--adv=grpo', '--group_size=3'], 'batch_size 16 must be a multiple of group_size 3'),
     (['--temperature=0'], 'temperature must be above 0'),
     (['--reward=model', '--reward_model=nowhere'], 'nowhere'),
