@@ -427,10 +427,12 @@ def token_rewards(scores, log_ratio, mask, kl_coef):
 
 # Evaluation
 
-def evaluate(gpt, tok, rows, prompts, draws, max_new_tokens, temperature, run, generator):
+def evaluate(gpt, tok, rows, prompts, draws, max_new_tokens, temperature, run, generator,
+             reward_function):
     """
     (figures, greedy, sampled): figures that compare the responses to prompts with the gold
-    responses of the rows, if these are known; the greedy responses; and `draws` samples of each
+    responses of the rows, if these are known, and score_greedy, the mean of reward_function on the
+    greedy responses, if that is not None; the greedy responses; and `draws` samples of each
     prompt, [(text, ended)]: first one of every prompt, then a second one of every prompt, ...
     """
     gold_responses = [row.get('response') for row in rows]
@@ -444,6 +446,9 @@ def evaluate(gpt, tok, rows, prompts, draws, max_new_tokens, temperature, run, g
         'exact_match_sampled': exact_match([text for text, _ in sampled], gold_responses * draws),
         'ended': sum(ended for _, ended in sampled) / len(sampled),
     }
+    if reward_function is not None:
+        scores = [reward_function(row['prompt'], text) for row, text in zip(rows, greedy)]
+        figures['score_greedy'] = sum(scores) / len(scores)
     return figures, greedy, sampled
 
 
@@ -485,7 +490,7 @@ def final_figures(policy, reference, rows, prompts, tok, scorer, reward_function
     for name, gpt in (('before', reference), ('after', policy.gpt)):
         generator = generator_for(config['seed'], 'test', device=run.device)
         found[name] = evaluate(gpt, tok, rows, prompts, draws, config['max_new_tokens'],
-                               config['temperature'], run, generator)
+                               config['temperature'], run, generator, reward_function)
     before, _, sampled_before = found['before']
     after, _, _ = found['after']
     reference_policy = Policy(reference, separate_critic=False).to(run.device)
@@ -623,7 +628,8 @@ if __name__ == '__main__':
     if run.is_master:
         _, responses_before, _ = evaluate(reference, tok, eval_rows[:8], val_prompts[:8], 1,
                                           max_new_tokens, temperature, run,
-                                          generator_for(seed, 'before', device=run.device))
+                                          generator_for(seed, 'before', device=run.device),
+                                          reward_function)
 
     # The KL coefficient; a resumed run continues with its own, unless the settings changed.
     kl_coef_now = 0.0 if kl_control == 'none' else kl_coef
@@ -660,7 +666,8 @@ if __name__ == '__main__':
             figures, responses, _ = evaluate(policy.gpt, tok, eval_rows, val_prompts, 2,
                                              max_new_tokens, temperature, run,
                                              generator_for(seed, 'evaluation', step,
-                                                           device=run.device))
+                                                           device=run.device),
+                                             reward_function)
             logger.log(step, {f'eval/{name}': value for name, value in figures.items()})
             for row, before, after in zip(eval_rows, responses_before, responses):
                 gold_response = row.get('response', '?')
