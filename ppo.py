@@ -436,13 +436,15 @@ def token_rewards(scores, log_ratio, mask, kl_coef):
 
 # Evaluation
 
-def evaluate(gpt, tok, rows, prompts, draws, max_new_tokens, temperature, run, generator):
+def evaluate(gpt, tok, rows, prompts, draws, max_new_tokens, temperature, run, generator,
+             scorer):
     """
     Respond to prompts (lists of ids). Returns
 
-    figures   {exact_match, exact_match_sampled, ended}: share of the greedy and of the sampled
-              responses that equal the gold response of their row, None without gold responses; and
-              share of the sampled ones that have an end token
+    figures   exact_match, exact_match_sampled: share of the greedy and of the sampled responses
+              that equal the gold response of their row, None without gold responses; ended: share
+              of the sampled ones that have an end token; score_greedy: mean score of the greedy
+              ones, if scorer is a function
     greedy    the greedy response to each prompt, as text
     sampled   `draws` samples, [(text, ended)]: one of every prompt, then a second one of every
               prompt, ...
@@ -458,6 +460,9 @@ def evaluate(gpt, tok, rows, prompts, draws, max_new_tokens, temperature, run, g
         'exact_match_sampled': exact_match([text for text, _ in sampled], gold_responses * draws),
         'ended': sum(ended for _, ended in sampled) / len(sampled),
     }
+    if not isinstance(scorer, nn.Module):
+        scores = [scorer(row['prompt'], text) for row, text in zip(rows, greedy)]
+        figures['score_greedy'] = sum(scores) / len(scores)
     return figures, greedy, sampled
 
 
@@ -500,7 +505,7 @@ def final_figures(policy, reference, rows, prompts, tok, scorer, check_response,
     for name, gpt in (('before', reference), ('after', policy.gpt)):
         generator = generator_for(config['seed'], 'test', device=run.device)
         found[name] = evaluate(gpt, tok, rows, prompts, draws, config['max_new_tokens'],
-                               config['temperature'], run, generator)
+                               config['temperature'], run, generator, scorer)
     before, _, sampled_before = found['before']
     after, _, _ = found['after']
     reference_policy = Policy(reference, separate_critic=False).to(run.device)
@@ -675,7 +680,7 @@ if __name__ == '__main__':
         if run.is_master and (done or step % eval_interval == 0):
             generator = generator_for(seed, 'evaluation', step, device=run.device)
             figures, responses, _ = evaluate(policy.gpt, tok, eval_rows, eval_prompt_ids, 2,
-                                             max_new_tokens, temperature, run, generator)
+                                             max_new_tokens, temperature, run, generator, scorer)
             logger.log(step, {f'eval/{name}': value for name, value in figures.items()})
             for row, (before, _), after in zip(eval_rows, responses_before, responses):
                 gold_response = row.get('response', '?')

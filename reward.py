@@ -548,7 +548,7 @@ if __name__ == '__main__':
     config = dict(config, max_iters=max_iters)
     mean_length = sum(len(ids) for (ids, _), _, _ in train_pairs) / len(train_pairs)
     n_tokens = 2 * mean_length * pairs_per_step * max_iters
-    run = start_run(config, flops=policy.flops_per_token(block_size) * n_tokens)
+    run = start_run(config, flops=policy.flops_per_token(round(mean_length)) * n_tokens)
     model, reference = make_models(policy, loss, causal, seed, run.device)
     if checkpoint:
         restore_weights(model, checkpoint['model'], out_dir)

@@ -291,7 +291,7 @@ if __name__ == '__main__':
     sequences = gradient_accumulation_steps * batch_size  # per step, over all ranks
     mean_length = sum(len(ids) for ids, _ in train_examples) / len(train_examples)
     tokens_per_step = mean_length * sequences
-    flops_per_token = model.flops_per_token(model.config.block_size)
+    flops_per_token = model.flops_per_token(round(mean_length))
     run = start_run(config, flops=flops_per_token * tokens_per_step * max_iters)
     model.to(run.device)
     optimizers = model.optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), muon_lr)

@@ -23,6 +23,10 @@ sys.path.insert(0, ROOT)  # tests import the scripts from the root of the projec
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'slow: takes minutes; leave out with -m "not slow"')
+
+
 # -----------------------------------------------------------------------------
 # Run a script
 

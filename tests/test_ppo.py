@@ -789,6 +789,9 @@ def test_a_reward_function_gets_prompt_and_response_like_the_checking_function(
     for metrics in log:
         assert metrics['objective/score'] == metrics['objective/gold']
     assert any(metrics['objective/score'] > 0 for metrics in log)
+    figures = final(tmp_path / 'function')
+    for name in ('', '_before'):
+        assert figures[f'score_greedy{name}'] == figures[f'exact_match{name}'] > 0
     expected = load_checkpoint(str(tmp_path / 'gold'))['policy']
     for name, weight in load_checkpoint(str(tmp_path / 'function'))['policy'].items():
         assert torch.equal(weight, expected[name]), name
