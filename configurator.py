@@ -207,9 +207,11 @@ def run_config_file(path, settings, defaults):
     return found
 
 
-def check_ranges(config):
+def check_ranges(config, defaults):
     """ValueError for the first setting whose value would invert or break training."""
     for key, value in config.items():
+        if value == defaults[key]:
+            continue  # a default is always allowed, such as 0 for a value that is computed
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f'{key} must be a finite number; got {value}')
         if key in AT_LEAST_ONE and value < 1:
@@ -275,7 +277,7 @@ def configure(names):
     # 3. check the result
     if 'out_dir' in config:
         config['out_dir'] = os.path.expanduser(config['out_dir'])
-    check_ranges(config)
+    check_ranges(config, defaults)
     names.update(config)
     return config, overrides
 
@@ -731,6 +733,8 @@ def load_checkpoint(path, name='ckpt.pt'):
     verified. If it is damaged or missing in a folder, ckpt_prev.pt is loaded and that is printed.
     ValueError if neither can be read.
     """
+    if not os.path.exists(path):
+        raise ValueError(f'{path}: no such run; train it first, or name another folder')
     if not os.path.isdir(path):
         return read_checkpoint(path)
     current = os.path.join(path, name)

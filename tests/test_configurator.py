@@ -1210,7 +1210,7 @@ def test_a_bit_flipped_anywhere_is_an_error_or_changes_nothing(tmp_path):
 def test_a_folder_without_a_checkpoint_or_a_missing_path_is_named(tmp_path):
     with pytest.raises(ValueError, match=f'{tmp_path / "ckpt.pt"}: no such checkpoint'):
         load_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match=f'{tmp_path / "no"}: no such checkpoint'):
+    with pytest.raises(ValueError, match=f'{tmp_path / "no"}: no such run'):
         load_checkpoint(tmp_path / 'no')
 
 
