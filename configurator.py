@@ -774,8 +774,8 @@ def read_checkpoint(path):
 
 def move_old_run_aside(out_dir):
     """Move what another run left in a folder to before.1 in it, or to the next free number."""
-    names = ['log.jsonl', 'curves.png', 'tensorboard', 'tokenizer.json', 'ckpt_prev.pt',
-             'ckpt_best.pt', 'ckpt.pt']
+    names = ['log.jsonl', 'curves.png', 'tensorboard', 'wandb_id.txt', 'tokenizer.json',
+             'ckpt_prev.pt', 'ckpt_best.pt', 'ckpt.pt']
     names = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
     if not set(names) - {'tokenizer.json'}:
         return
@@ -872,6 +872,29 @@ def lock_run_folder(out_dir):
     return lock
 
 
+def start_wandb(out_dir, config):
+    """
+    The wandb run of a folder, under the name of the folder unless wandb_run_name is set. Its id is
+    kept in the folder, so that a resumed run continues it. (wandb keeps what it has: it ignores the
+    steps that a resumed run logs again.)
+    """
+    import wandb
+    id_path = os.path.join(out_dir, 'wandb_id.txt')
+    wandb_id = None  # wandb chooses a new one
+    if os.path.exists(id_path):
+        with open(id_path, encoding='utf-8') as f:
+            wandb_id = f.read().strip()
+    # out/base is named base; out/base/eval, of --eval_only=True, is named base/eval.
+    run_folder = os.path.abspath(config.get('out_dir', out_dir))
+    name = os.path.relpath(out_dir, os.path.dirname(run_folder))
+    run = wandb.init(project=config.get('wandb_project', 'nanollm'),
+                     name=config.get('wandb_run_name') or name, id=wandb_id, resume='allow',
+                     config=config, dir=out_dir)
+    with write_atomically(id_path) as f:
+        f.write(run.id.encode())
+    return run
+
+
 class Logger:
     """
     A run's records, written by rank 0: an aligned line per logged step on the screen, log.jsonl,
@@ -909,10 +932,7 @@ class Logger:
             self.tensorboard = SummaryWriter(os.path.join(out_dir, 'tensorboard'),
                                              purge_step=step or 0)
         if config.get('wandb_log'):
-            import wandb
-            self.wandb = wandb.init(project=config.get('wandb_project', 'nanollm'),
-                                    name=config.get('wandb_run_name', os.path.basename(out_dir)),
-                                    config=config, dir=out_dir)
+            self.wandb = start_wandb(out_dir, config)
 
     def write(self, record):
         """Append a record to log.jsonl. JSON has no NaN, so what is not finite becomes null."""

@@ -43,7 +43,7 @@ always_save_checkpoint = True      # False = only if the validation loss improve
 tensorboard_log = False            # log to out_dir/tensorboard
 wandb_log = False                  # log to Weights & Biases
 wandb_project = 'nanollm'
-wandb_run_name = 'base'
+wandb_run_name = ''                # '' = the name of the folder
 # data
 dataset = 'shakespeare'            # a folder of data/, or the full path of a folder elsewhere
 tokenizer = 'bpe'                  # 'byte' | 'bpe' | 'gpt2' | a tokenizer.json or its folder |

@@ -36,7 +36,7 @@ from configurator import (Logger, StopSignal, check_choice, check_divisible, con
                           divergence_error, generator_for, learning_rate_at, load_checkpoint,
                           one_line_errors, parallel, peak_flops, peak_memory_mb, print_help,
                           read_log, read_settings, restore_optimizers, resume, save_checkpoint,
-                          schedule_factor, seed_for, start_run, write_atomically)
+                          schedule_factor, seed_for, start_run, start_wandb, write_atomically)
 from conftest import ROOT, call, finish, ok, one_line, start
 
 # -----------------------------------------------------------------------------
@@ -347,6 +347,7 @@ def test_a_setting_whose_default_is_auto_may_be_a_bool(settings_of):
     (['--qqq=6'], ['--qqq=6', 'no setting', '--help']),
     (['--lr=0.1'], ['--lr=0.1', 'no setting', '--learning_rate?']),
     (['--epochs=3'], ['--epochs=3', 'no setting', '--max_iters?']),
+    (['--bs=3'], ['--bs=3', 'no setting', '--batch_size?']),
     (['--after=6'], ['--after=6', 'no setting']),
     (['--n_layer=six'], ['--n_layer=six', 'n_layer', 'int', '4', "'six'"]),
     (['--n_layer=1.5'], ['--n_layer=1.5', 'int', '1.5']),
@@ -1546,3 +1547,53 @@ def test_wandb_offline_writes_a_run_with_its_settings_and_what_was_logged(tmp_pa
         for item in record.summary.update:
             summary[item.key or item.nested_key[0]] = item.value_json
     assert summary['val_loss'] == '4.25'
+
+
+def test_a_resumed_run_continues_its_own_wandb_run_and_a_fresh_one_has_its_own(
+        tmp_path, monkeypatch):
+    pytest.importorskip('wandb')
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.setenv('WANDB_SILENT', 'true')
+    folder = tmp_path / 'sft'
+    config = {'wandb_log': True, 'out_dir': f'{folder}/'}
+
+    def wandb_run(step=None):
+        logger = Logger(str(folder), config, step)
+        logger.log(step or 0, {'loss': 1.0})
+        logger.final({})
+        return logger.wandb
+
+    first = wandb_run()
+    resumed = wandb_run(step=5)
+    fresh = wandb_run()
+    assert first.id == resumed.id != fresh.id
+    assert first.name == resumed.name == fresh.name == 'sft'  # that of the folder
+    # Its id stays with the run that was moved aside.
+    assert (folder / 'before.1' / 'wandb_id.txt').read_text() == first.id
+    assert (folder / 'wandb_id.txt').read_text() == fresh.id
+    # The files of the resumed run, which wandb sync uploads, name the same run.
+    paths = sorted(folder.glob(f'wandb/offline-run-*/run-{first.id}.wandb'))
+    assert len(paths) == 2
+    for path in paths:
+        run = next(record.run for record in wait_for_wandb(path) if record.HasField('run'))
+        assert (run.run_id, run.display_name) == (first.id, 'sft')
+
+
+@pytest.mark.parametrize('out_dir, log_dir, name, expected', [
+    ('out/base', 'out/base', '', 'base'),
+    ('out/deep/base/', 'out/deep/base/', '', 'base'),
+    ('out/base', 'out/base/eval', '', 'base/eval'),
+    ('out/base', 'out/base', 'mine', 'mine')])
+def test_the_name_of_a_wandb_run(out_dir, log_dir, name, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.makedirs(log_dir)
+    settings = {}
+
+    def init(**given):
+        settings.update(given)
+        return types.SimpleNamespace(id='abc')
+    monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=init))
+    start_wandb(log_dir, {'out_dir': out_dir, 'wandb_run_name': name})
+    assert (settings['name'], settings['id']) == (expected, None)
+    start_wandb(log_dir, {'out_dir': out_dir, 'wandb_run_name': name})
+    assert settings['id'] == 'abc'
