@@ -19,9 +19,9 @@ from dataclasses import asdict
 
 # configurator comes first: it answers --help before torch is loaded
 from configurator import (Logger, StopSignal, check_choice, check_divisible, configure,
-                          divergence_error, generator_for, one_line, parallel, peak_memory_mb,
-                          restore_optimizers, resume, save_checkpoint, schedule_factor, seed_for,
-                          start_run, sum_over_ranks)
+                          divergence_error, generator_for, one_line, parallel, peak_flops,
+                          peak_memory_mb, restore_optimizers, resume, save_checkpoint,
+                          schedule_factor, seed_for, start_run, sum_over_ranks)
 import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -291,7 +291,7 @@ if __name__ == '__main__':
     sequences = gradient_accumulation_steps * batch_size  # per step, over all ranks
     mean_length = sum(len(ids) for ids, _ in train_examples) / len(train_examples)
     tokens_per_step = mean_length * sequences
-    flops_per_token = model.flops_per_token(model.config.block_size)
+    flops_per_token = model.flops_per_token(round(mean_length))
     run = start_run(config, flops=flops_per_token * tokens_per_step * max_iters)
     model.to(run.device)
     optimizers = model.optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), muon_lr)
@@ -306,9 +306,12 @@ if __name__ == '__main__':
     if run.is_master:
         tok.save(os.path.join(log_dir, 'tokenizer.json'))
     stop = StopSignal()
+    machine_flops = peak_flops(run) * run.world_size
     if run.is_master:
+        n_epochs = max_iters * sequences / len(train_examples)
         print(f'{model.n_params():,} parameters; {dataset}: {len(train_examples):,} + '
-              f'{len(val_examples):,} examples; {tokens_per_step:,.0f} tokens per step')
+              f'{len(val_examples):,} examples; {tokens_per_step:,.0f} tokens per step; '
+              f'{max_iters:,} steps are {n_epochs:,.1f} epochs')
 
     began = time.perf_counter()
     last_time = began
@@ -333,6 +336,7 @@ if __name__ == '__main__':
         if done:
             break
         if step % eval_interval == 0 and run.is_master:
+            print(f'evaluating on {len(eval_rows):,} prompts', flush=True)
             figures, responses = evaluate(model, tok, eval_rows, val_prompts, 1, max_new_tokens,
                                           run, generator_for(seed, 'evaluation', step,
                                                              device=run.device))
@@ -395,12 +399,17 @@ if __name__ == '__main__':
             else:
                 metrics['grad_norm'] = grad_norm.item()
             metrics['ms'] = 1000 * (now - last_time)
+            n_tokens = sum(len(ids) - 1 for ids, _ in examples)  # over all ranks
+            metrics['tokens_per_second'] = n_tokens / (now - last_time)
+            metrics['mfu'] = metrics['tokens_per_second'] * flops_per_token / machine_flops
             logger.log(step, metrics)
         last_time = now
 
     # 9. the end: the figures of the test prompts, and the loss of all validation responses
     stop.end_training(run, stopping, step, out_dir)  # other ranks, and a stopped run, exit here
     seconds = time.perf_counter() - began
+    print(f'evaluating on {len(test_rows):,} prompts, with {1 + test_draws} responses each',
+          flush=True)
     test_prompt_ids = encode_prompts([row['messages'][:-1] for row in test_rows], tok,
                                      model.config.block_size, max_new_tokens)
     figures, _ = evaluate(model, tok, test_rows, test_prompt_ids, test_draws, max_new_tokens, run,

@@ -918,8 +918,8 @@ def load_model(source, config, tok=None):
         model, own = model_of_folder(source, config, tok)
     if tok is not None and tok.fingerprint != own.fingerprint:
         raise ValueError(f'the data has another tokenizer ({tok.vocab_size} tokens) than the model '
-                         f"({own.vocab_size}); save the model's as a tokenizer.json and prepare "
-                         'the data with --tokenizer=FILE')
+                         f"({own.vocab_size}); prepare it with the model's: --tokenizer=FOLDER, "
+                         'where FOLDER is that of the run or the model')
     return model, own
 
 

@@ -133,6 +133,14 @@ def test_a_dataset_contains_its_documents_each_with_an_end(trained, tmp_path, ca
     assert sorted(os.listdir(tmp_path)) == names
 
 
+def test_the_phases_of_a_preparation_are_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('data.dataset.REPORT_SECONDS', -1)  # every piece takes longer
+    write_dataset(str(tmp_path), Tokenizer.byte(), ['one', 'two'], ['three'])
+    assert capsys.readouterr().out.splitlines()[:-1] == [
+        f'encoding {tmp_path}/train.bin', '  3 bytes', '  6 bytes',
+        f'encoding {tmp_path}/val.bin', '  5 bytes']
+
+
 def test_large_vocabularies_use_four_bytes_per_token(tmp_path):
     tokenizer = Tokenizer(Tokenizer.byte().tokens, {'<|endoftext|>': 256, '<last>': 65_535})
     write_dataset(str(tmp_path), tokenizer, ['a'], ['b'])
