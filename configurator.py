@@ -68,6 +68,10 @@ AT_MOST_ONE = ('dropout', 'beta1', 'beta2', 'gamma', 'lam', 'top_p', 'curriculum
                'cooldown_frac')
 ABOVE_ZERO = ('kl_target', 'kl_horizon')
 
+# Settings that may be a path.
+PATHS = {'out_dir', 'init_from', 'reference_dir', 'reward_model', 'reward', 'gold', 'dataset',
+         'tokenizer', 'input', 'out', 'prompts', 'answers'}
+
 
 def settings_block(path):
     """The lines between the first two rules of a script."""
@@ -275,8 +279,8 @@ def configure(names):
         config[key] = check_setting(argument, key, value, defaults)
         overrides[key] = argument
     # 3. check the result
-    if 'out_dir' in config:
-        config['out_dir'] = os.path.expanduser(config['out_dir'])
+    for key in PATHS & config.keys():
+        config[key] = os.path.expanduser(config[key])  # shells leave the ~ of --key=~/x as it is
     check_ranges(config, defaults)
     names.update(config)
     return config, overrides

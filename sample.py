@@ -406,8 +406,8 @@ if __name__ == '__main__':
     else:
         model, tok = load_model(source, config)
     if (chat or prompts) and chat_format(tok) is None:
-        raise ValueError(f'{source}: the tokenizer has no special tokens for chats; teach the model '
-                         f'to respond: python sft.py --init_from={source}')
+        raise ValueError(f'{source}: the tokenizer has no special tokens for chats; teach the '
+                         f'model to respond: python sft.py --init_from={source}')
     run = start_run(config, flops=0)
     model.to(run.device).eval()
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, use_cache=use_cache,

@@ -432,8 +432,17 @@ def test_a_choice_that_does_not_exist_is_an_error_that_lists_those_that_do():
         check_choice({'loss': 'ppo'}, 'loss', ('bt', 'dpo'))
 
 
-def test_a_folder_may_begin_with_a_tilde(settings_of):
-    assert settings_of('--out_dir=~/run')['out_dir'] == os.path.expanduser('~/run')
+@pytest.mark.parametrize('argument', ['--out_dir=~/run', '--init_from=~/run'])
+def test_a_path_may_begin_with_a_tilde(run_configure, argument):
+    config, _ = run_configure(argument, script=RANGED)
+    assert os.path.expanduser('~/run') in (config['out_dir'], config['init_from'])
+
+
+def test_a_default_may_be_outside_its_range_where_it_has_a_meaning_of_its_own(run_configure):
+    script = RANGED.replace('batch_size = 8', 'batch_size = 0')
+    assert run_configure(script=script)[0]['batch_size'] == 0
+    with pytest.raises(ValueError, match='batch_size must be at least 1; got -1'):
+        run_configure('--batch_size=-1', script=script)
 
 
 def test_help_lists_every_setting_with_its_default_and_comment():
