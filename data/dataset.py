@@ -42,6 +42,7 @@ def download(url, sha256=''):
     OSError if it cannot be reached; the message names the address, and --input=FILE instead.
     ValueError if the content does not have the expected sha256 ('' = any content).
     """
+    print(f'downloading {url}', flush=True)
     try:
         data = urlopen(url, timeout=60).read()
     except OSError as error:
