@@ -473,6 +473,16 @@ def test_a_bad_line_of_prompts_is_named_and_nothing_is_written(trained_run, tmp_
     assert read_jsonl(tmp_path / 'a.jsonl') == [{'response': 'earlier'}]
 
 
+def test_responses_to_a_file_take_what_the_context_leaves_the_longest_prompt(
+        random_run, tmp_path):
+    write_jsonl(tmp_path / 'prompts.jsonl', [{'prompt': 'the'}, {'prompt': 'a queen'}])
+    printed = ok(call('sample.py', *CPU, f'--out_dir={random_run}',
+                      f'--prompts={tmp_path}/prompts.jsonl', f'--answers={tmp_path}/a.jsonl'))
+    # <|user|>a queen<|end|><|assistant|> has 10 tokens, and the context 32.
+    assert 'answering 2 prompts, at most 22 tokens each\n' in printed
+    assert all(len(row['response'].encode()) <= 22 * 3 for row in read_jsonl(tmp_path / 'a.jsonl'))
+
+
 def test_answers_that_cannot_be_written_are_an_error_before_any_response(
         trained_run, tmp_path, monkeypatch):
     write_jsonl(tmp_path / 'prompts.jsonl', [{'prompt': 'a'}])
