@@ -43,6 +43,9 @@ MAX_VOCAB_SIZE = 10_000_000
 # The names that get_tokenizer knows. Anything else is the path of a tokenizer.json.
 NAMED_TOKENIZERS = ('byte', 'bpe', 'gpt2')
 
+# Work that takes longer than this prints its progress as often.
+REPORT_SECONDS = 5
+
 # ----- Words: how a text is split before training and encoding
 
 PATTERNS = {
@@ -182,8 +185,9 @@ def train_bpe(text, n_tokens, pattern, verbose=False):
     """The same as train_bpe_plain, and much faster; a test compares them.
 
     The pair counts are kept and corrected around each merge, instead of being counted again. A heap
-    finds the most frequent pair.
+    finds the most frequent pair. Training that takes long prints its progress.
     """
+    last_report = time.monotonic()
     # 1. Split the text into words. Each different word is stored once, with its count.
     text.encode()  # raises UnicodeEncodeError, a ValueError, at a lone surrogate
     word_counts = Counter(regex.findall(pattern, text))
@@ -216,6 +220,9 @@ def train_bpe(text, n_tokens, pattern, verbose=False):
         tokens.append(tokens[left] + tokens[right])
         if verbose:
             print_merge(tokens, best, count)
+        elif time.monotonic() - last_report > REPORT_SECONDS:
+            print(f'  {len(tokens) - 256:,} of {n_tokens - 256:,} merges', flush=True)
+            last_report = time.monotonic()
 
         # 4. Merge the pair in the words that contain it, and correct the counts of its neighbours.
         new_pairs = set()
@@ -586,9 +593,11 @@ class Tokenizer(EndTokens):
         tokens = train_bpe(text, vocab_size - len(SPECIAL_TOKENS), PATTERNS[pattern], verbose)
         possible = len(tokens) + len(SPECIAL_TOKENS)
         if vocab_size != possible:
+            limit = 'least' if vocab_size < possible else 'most'
             raise ValueError(
                 f'vocab_size {vocab_size} does not fit 256 bytes, {len(SPECIAL_TOKENS)} special '
-                f'tokens and {len(text):,} characters of text: ask for {possible}')
+                f'tokens and the words in {len(text):,} characters of text: ask for at {limit} '
+                f'{possible}')
         return cls(enumerate(tokens), pattern=pattern)
 
     @classmethod
@@ -1118,7 +1127,10 @@ def get_tokenizer(name, text=None, vocab_size=0):
     if name == 'byte':
         tokenizer = Tokenizer.byte()
     elif name == 'bpe':
-        tokenizer = Tokenizer.train(text, vocab_size or 4096)
+        vocab_size = vocab_size or 4096
+        print(f'training a tokenizer of {vocab_size:,} tokens on {len(text):,} characters',
+              flush=True)
+        tokenizer = Tokenizer.train(text, vocab_size)
     elif name == 'gpt2':
         tokenizer = Tokenizer.gpt2()
     else:

@@ -68,6 +68,10 @@ AT_MOST_ONE = ('dropout', 'beta1', 'beta2', 'gamma', 'lam', 'top_p', 'curriculum
                'cooldown_frac')
 ABOVE_ZERO = ('kl_target', 'kl_horizon')
 
+# Settings that may be a path.
+PATHS = {'out_dir', 'init_from', 'reference_dir', 'reward_model', 'reward', 'gold', 'dataset',
+         'tokenizer', 'input', 'out', 'prompts', 'answers'}
+
 
 def settings_block(path):
     """The lines between the first two rules of a script."""
@@ -207,9 +211,11 @@ def run_config_file(path, settings, defaults):
     return found
 
 
-def check_ranges(config):
+def check_ranges(config, defaults):
     """ValueError for the first setting whose value would invert or break training."""
     for key, value in config.items():
+        if value == defaults[key]:
+            continue  # a default is always allowed, such as 0 for a value that is computed
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f'{key} must be a finite number; got {value}')
         if key in AT_LEAST_ONE and value < 1:
@@ -273,9 +279,9 @@ def configure(names):
         config[key] = check_setting(argument, key, value, defaults)
         overrides[key] = argument
     # 3. check the result
-    if 'out_dir' in config:
-        config['out_dir'] = os.path.expanduser(config['out_dir'])
-    check_ranges(config)
+    for key in PATHS & config.keys():
+        config[key] = os.path.expanduser(config[key])  # shells leave the ~ of --key=~/x as it is
+    check_ranges(config, defaults)
     names.update(config)
     return config, overrides
 
@@ -752,6 +758,8 @@ def load_checkpoint(path, name='ckpt.pt'):
     verified. If it is damaged or missing in a folder, ckpt_prev.pt is loaded and that is printed.
     ValueError if neither can be read.
     """
+    if not os.path.exists(path):
+        raise ValueError(f'{path}: no such run; train it first, or name another folder')
     if not os.path.isdir(path):
         return read_checkpoint(path)
     current = os.path.join(path, name)
@@ -791,8 +799,8 @@ def read_checkpoint(path):
 
 def move_old_run_aside(out_dir):
     """Move what another run left in a folder to before.1 in it, or to the next free number."""
-    names = ['log.jsonl', 'curves.png', 'tensorboard', 'tokenizer.json', 'ckpt_prev.pt',
-             'ckpt_best.pt', 'ckpt.pt']
+    names = ['log.jsonl', 'curves.png', 'tensorboard', 'wandb_id.txt', 'tokenizer.json',
+             'ckpt_prev.pt', 'ckpt_best.pt', 'ckpt.pt']
     names = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
     if not set(names) - {'tokenizer.json'}:
         return
@@ -889,6 +897,29 @@ def lock_run_folder(out_dir):
     return lock
 
 
+def start_wandb(out_dir, config):
+    """
+    The wandb run of a folder, under the name of the folder unless wandb_run_name is set. Its id is
+    kept in the folder, so that a resumed run continues it. (wandb keeps what it has: it ignores the
+    steps that a resumed run logs again.)
+    """
+    import wandb
+    id_path = os.path.join(out_dir, 'wandb_id.txt')
+    wandb_id = None  # wandb chooses a new one
+    if os.path.exists(id_path):
+        with open(id_path, encoding='utf-8') as f:
+            wandb_id = f.read().strip()
+    # out/base is named base; out/base/eval, of --eval_only=True, is named base/eval.
+    run_folder = os.path.abspath(config.get('out_dir', out_dir))
+    name = os.path.relpath(out_dir, os.path.dirname(run_folder))
+    run = wandb.init(project=config.get('wandb_project', 'nanollm'),
+                     name=config.get('wandb_run_name') or name, id=wandb_id, resume='allow',
+                     config=config, dir=out_dir)
+    with write_atomically(id_path) as f:
+        f.write(run.id.encode())
+    return run
+
+
 class Logger:
     """
     A run's records, written by rank 0: an aligned line per logged step on the screen, log.jsonl,
@@ -926,10 +957,7 @@ class Logger:
             self.tensorboard = SummaryWriter(os.path.join(out_dir, 'tensorboard'),
                                              purge_step=step or 0)
         if config.get('wandb_log'):
-            import wandb
-            self.wandb = wandb.init(project=config.get('wandb_project', 'nanollm'),
-                                    name=config.get('wandb_run_name', os.path.basename(out_dir)),
-                                    config=config, dir=out_dir)
+            self.wandb = start_wandb(out_dir, config)
 
     def write(self, record):
         """Append a record to log.jsonl. JSON has no NaN, so what is not finite becomes null."""

@@ -642,6 +642,8 @@ if __name__ == '__main__':
     # Greedy responses of the reference to a few prompts, to show beside those of the policy.
     responses_before = []
     if run.is_master:
+        print(f'{policy.gpt.n_params():,} parameters; {dataset}: {len(prompts):,} + '
+              f'{len(eval_prompt_ids):,} prompts; {prompts_per_step} prompts per iteration')
         with run.autocast:
             responses_before = answer(reference, tok, eval_prompt_ids[:8], max_new_tokens,
                                       temperature=0)
@@ -678,14 +680,17 @@ if __name__ == '__main__':
         if stopping:
             break
         if run.is_master and (done or step % eval_interval == 0):
+            print(f'evaluating on {len(eval_prompt_ids):,} prompts', flush=True)
             generator = generator_for(seed, 'evaluation', step, device=run.device)
             figures, responses, _ = evaluate(policy.gpt, tok, eval_rows, eval_prompt_ids, 2,
                                              max_new_tokens, temperature, run, generator, scorer)
             logger.log(step, {f'eval/{name}': value for name, value in figures.items()})
             for row, (before, _), after in zip(eval_rows, responses_before, responses):
-                gold_response = row.get('response', '?')
-                print(f"    {one_line(row['prompt'])} -> {one_line(before)} -> {one_line(after)}   "
-                      f'(gold: {one_line(gold_response)})', flush=True)
+                gold_response = ''
+                if 'response' in row:
+                    gold_response = f"   (gold: {one_line(row['response'])})"
+                print(f"    {one_line(row['prompt'])} -> {one_line(before)} -> {one_line(after)}"
+                      f'{gold_response}', flush=True)
             if figures['ended'] < 0.5:
                 print(f"warning: only {figures['ended']:.0%} of the responses ended within "
                       f'{max_new_tokens} tokens; raise --max_new_tokens', flush=True)
@@ -848,6 +853,8 @@ if __name__ == '__main__':
     seconds = time.perf_counter() - began
     test_prompt_ids = encode_prompts([row['messages'] for row in test_rows], tok, block_size,
                                      max_new_tokens)
+    print(f'evaluating the reference and the policy on {len(test_rows):,} prompts, with '
+          f'{1 + test_draws} responses each', flush=True)
     figures = final_figures(policy, reference, test_rows, test_prompt_ids, tok, scorer,
                             check_response, config, run)
     for name, value in figures.items():

@@ -557,6 +557,8 @@ if __name__ == '__main__':
         model.scale.fill_(1.0)
     if check:
         failures = 0
+        print('sanity checks: the first ones are immediate, the others train for a while',
+              flush=True)
         for ok, message in sanity_checks(policy, model, reference, train_pairs[:2000], val_pairs,
                                          check_response, config, run):
             print('ok    ' if ok else 'FAILED', message, flush=True)
@@ -580,8 +582,12 @@ if __name__ == '__main__':
         tok.save(os.path.join(out_dir, 'tokenizer.json'))
     stop = StopSignal()
     if run.is_master:
+        n_epochs = max_iters * pairs_per_step / len(train_pairs)
         print(f'{trunk.n_params():,} parameters; {dataset}: {len(train_pairs):,} + '
-              f'{len(val_pairs):,} pairs')
+              f'{len(val_pairs):,} pairs; {max_iters:,} steps are {n_epochs:,.1f} epochs')
+        if max_iters <= warmup_iters:
+            print(f'warning: all steps are part of the warm-up (warmup_iters={warmup_iters}), so '
+                  'little is learned; raise --max_iters')
 
     began = time.perf_counter()
     last_time = began
@@ -675,7 +681,12 @@ if __name__ == '__main__':
                 metrics['skipped'] = 1
             else:
                 metrics['grad_norm'] = grad_norm.item()
-            metrics['ms'] = 1000 * (time.perf_counter() - last_time)
+            seconds = time.perf_counter() - last_time
+            metrics['ms'] = 1000 * seconds
+            n_tokens = 0  # of both sides, over all ranks
+            for (chosen_ids, _), (rejected_ids, _), _ in pairs:
+                n_tokens += len(chosen_ids) + len(rejected_ids)
+            metrics['tokens_per_second'] = n_tokens / seconds
             logger.log(step, metrics)
         last_time = time.perf_counter()
 
@@ -683,8 +694,11 @@ if __name__ == '__main__':
     stop.end_training(run, stopping, step, out_dir)  # other ranks, and a stopped run, exit here
     seconds = time.perf_counter() - began
     test_pairs = prepare_pairs(test_rows, tok, block_size)
+    print(f'evaluating on {len(test_pairs):,} pairs', flush=True)
     figures = evaluate(model, reference, test_pairs, check_response, config, run)
     if loss != 'dpo':
+        n_prompts = min(len(val_rows), normalize_prompts)
+        print(f'normalising the scores on responses to {n_prompts:,} prompts', flush=True)
         conversations = [row['messages'] for row in val_rows[:normalize_prompts]]
         prompts = encode_prompts(conversations, tok, block_size, max_new_tokens)
         with run.autocast:

@@ -5,6 +5,7 @@ Use a trained model: continue a text, answer a file of prompts, or chat in the t
     python sample.py --start="O Romeo" --stream=True     print tokens as they are sampled
     python sample.py --start=FILE:prompt.txt --num_samples=5
     python sample.py --out_dir=out/sft --chat=True       /reset forgets, Ctrl-C stops a response
+    python sample.py --out_dir=out/sft --chat=True --system="Answer in one word."
     python sample.py --prompts=questions.jsonl --answers=answers.jsonl --best_of=4 \\
         --reward_model=out/reward
 
@@ -14,16 +15,19 @@ import contextlib
 import json
 import math
 import os
+import select
+import sys
 
 # configurator comes first: it answers --help before torch is loaded
-from configurator import configure, generator_for, has_fast_bfloat16, printable, start_run
+from configurator import (configure, generator_for, has_fast_bfloat16, load_checkpoint, printable,
+                          start_run)
 import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from bpe import render_chat
+from bpe import chat_format, render_chat
 from data.examples import read_records, to_examples
-from data.pretrained import load_model, load_reward_model
+from data.pretrained import is_run, load_model, load_reward_model, model_of_checkpoint
 
 # -----------------------------------------------------------------------------
 # the model
@@ -34,13 +38,15 @@ start = '\n'              # the text to continue; FILE:prompt.txt reads it from 
 num_samples = 3           # continuations, sampled in one batch
 stream = False            # print each sample token by token
 chat = False              # chat with the model
+system = ''               # system prompt of the chat
 prompts = ''              # a file of prompts to answer, JSON Lines
 answers = 'answers.jsonl'  # the file to write: the lines of that file, each with a "response"
 best_of = 1               # keep the best of this many responses to each prompt, by their scores
 reward_model = 'out/reward'  # folder of the reward model that scores them
 missing_end_score = -3.0  # replaces the score of a response without an end token, as in ppo.py
 # sampling
-max_new_tokens = 300      # largest number of tokens per sample
+max_new_tokens = 0        # largest number of tokens per sample; 0 = 300, but responses of a chat or
+                          # to prompts take no more than the context leaves
 temperature = 0.8         # below 1 sharpens the distribution; 0 = always the most probable token
 top_k = 0                 # only the k most probable tokens; 0 = all
 top_p = 1.0               # only the fewest tokens whose probability reaches p
@@ -248,6 +254,16 @@ def fast_linear(layer, n_rows, dtype):
 # -----------------------------------------------------------------------------
 # Text in the terminal
 
+DEFAULT_NEW_TOKENS = 300
+
+
+def response_room(n_prompt, block_size, max_new_tokens):
+    """The largest number of tokens of a response to n_prompt tokens: max_new_tokens or, if that is
+    0, what the context leaves, at most DEFAULT_NEW_TOKENS."""
+    room = min(DEFAULT_NEW_TOKENS, block_size - n_prompt)
+    return max_new_tokens or max(1, room)
+
+
 def printed_text(tokens, tok, stop=()):
     """Yield printable text from token ids as they come, up to a stop token. A character whose bytes
     are split over several tokens is held back until it is complete."""
@@ -277,45 +293,95 @@ def print_stream(model, tok, ids, stop, sampling):
     return text
 
 
-def chat_loop(model, tok, sampling):
-    """A conversation in the terminal, until the end of the input."""
-    history = []
+# A conversation in the terminal
+
+def more_input_waits(seconds=0.05):
+    """Whether the terminal has more input than the line that was just read: the rest of a paste."""
+    if not sys.stdin.isatty():
+        return False
+    try:
+        ready, _, _ = select.select([sys.stdin], [], [], seconds)
+    except OSError:  # Windows, where select does not work on a terminal
+        return False
+    return len(ready) > 0
+
+
+def read_message():
+    """A message that is typed: a line, or several lines that were pasted together."""
+    lines = [input('> ')]
+    while more_input_waits():
+        lines.append(input())
+    return '\n'.join(lines).strip()
+
+
+def recent_turns(messages, tok, limit):
+    """
+    The messages of a conversation without its oldest turns (a question and its response), as many
+    as needed to render it in `limit` tokens. The system message and the last question stay.
+    """
+    n_system = 1 if messages[0]['role'] == 'system' else 0
+    system = messages[:n_system]
+    turns = messages[n_system:]
+    while len(turns) > 1 and len(prompt_ids(system + turns, tok)) > limit:
+        turns = turns[2:]
+    return system + turns
+
+
+def chat_loop(model, tok, system, max_new_tokens, sampling):
+    """A conversation in the terminal, until the end of the input. system: text, '' = none."""
+    with contextlib.suppress(ImportError):  # Windows has no readline
+        import readline  # once it is imported, input() has line editing and a history
+    block_size = model.config.block_size
+    limit = prompt_limit(tok, block_size, max_new_tokens or DEFAULT_NEW_TOKENS)
+    start = [{'role': 'system', 'content': system}] if system else []
+    history = list(start)
     warned = False
     print('Type a message. /reset starts anew, Ctrl-C stops a response, Ctrl-D quits.')
     while True:
+        # 1. the message
         try:
-            message = input('> ').strip()
+            message = read_message()
         except (EOFError, KeyboardInterrupt):
             print()
             return
         if message == '/reset':
-            history = []
+            history = list(start)
         if message in ('', '/reset'):
             continue
         history.append({'role': 'user', 'content': message})
-        limit = prompt_limit(tok, model.config.block_size, sampling['max_new_tokens'])
-        ids = prompt_ids(history, tok)
-        if len(ids) > limit and not warned:
-            print(f'[the conversation has {len(ids)} tokens; the last {limit} are used, because '
-                  f'block_size is {model.config.block_size}]')
+
+        # 2. what the model sees of the conversation
+        n_tokens = len(prompt_ids(history, tok))
+        history = recent_turns(history, tok, limit)
+        ids = prompt_ids(history, tok)[-limit:]
+        if len(ids) < n_tokens and not warned:
+            print(f'[the conversation has {n_tokens} tokens; the model sees the last {len(ids)}, '
+                  f'because block_size is {block_size}]')
             warned = True
-        response = print_stream(model, tok, ids[-limit:], tok.eos_ids, sampling)
+
+        # 3. the response
+        n_new = response_room(len(ids), block_size, max_new_tokens)
+        response = print_stream(model, tok, ids, tok.eos_ids,
+                                dict(sampling, max_new_tokens=n_new))
         print()
         history.append({'role': 'assistant', 'content': response})
 
 
-def answer_file(model, tok, path, out, scorer, n, missing_end_score, batch_size, sampling):
+def answer_file(model, tok, path, out, scorer, n, missing_end_score, batch_size, max_new_tokens,
+                sampling):
     """Answer the prompts of a file and write each with its "response" to `out`. With a scorer, a
     reward model, the response is the best of n."""
     with open(path, 'rb') as f:
         records = read_records(f.read(), path)
     conversations = [row['messages'] for row in to_examples(records, path, 'prompt')]
-    encoded = encode_prompts(conversations, tok, model.config.block_size,
-                             sampling['max_new_tokens'])
+    block_size = model.config.block_size
+    encoded = encode_prompts(conversations, tok, block_size, max_new_tokens or DEFAULT_NEW_TOKENS)
+    n_new = response_room(max(map(len, encoded)), block_size, max_new_tokens)
     with open(out, 'a', encoding='utf-8'):
         pass  # an output that cannot be written is reported before the work
     repeated = [ids for ids in encoded for _ in range(n)]
-    responses = answer(model, tok, repeated, batch_size=batch_size, **sampling)
+    print(f'answering {len(repeated):,} prompts, at most {n_new} tokens each', flush=True)
+    responses = answer(model, tok, repeated, n_new, batch_size, **sampling)
     if scorer is None:
         texts = [text for text, _ in responses]
     else:
@@ -331,17 +397,29 @@ def answer_file(model, tok, path, out, scorer, n, missing_end_score, batch_size,
 if __name__ == '__main__':
     # 1. settings, model, machine
     config, _ = configure(globals())
-    model, tok = load_model(out_dir if init_from == 'resume' else init_from, config)
+    source = out_dir if init_from == 'resume' else init_from
+    stage = None  # the one that trained a model of ours
+    if is_run(source, out_dir):
+        checkpoint = load_checkpoint(source)
+        stage = checkpoint.get('stage')
+        model, tok = model_of_checkpoint(checkpoint, source, config)
+    else:
+        model, tok = load_model(source, config)
+    if (chat or prompts) and chat_format(tok) is None:
+        raise ValueError(f'{source}: the tokenizer has no special tokens for chats; teach the '
+                         f'model to respond: python sft.py --init_from={source}')
     run = start_run(config, flops=0)
     model.to(run.device).eval()
-    sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-                    top_p=top_p, use_cache=use_cache,
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, use_cache=use_cache,
                     generator=generator_for(seed, 'sample', device=run.device))
+    if (chat or prompts) and stage == 'train':
+        print(f'note: {source} was trained on texts, not on chats, so it continues texts rather '
+              f'than responds; python sft.py --init_from={source} teaches it to respond')
 
     with run.autocast:
         # 2. a conversation
         if chat:
-            chat_loop(model, tok, sampling)
+            chat_loop(model, tok, system, max_new_tokens, sampling)
 
         # 3. a file of prompts
         elif prompts:
@@ -350,7 +428,7 @@ if __name__ == '__main__':
                 scorer = load_reward_model(reward_model, tok).to(run.device)
             os.makedirs(os.path.dirname(answers) or '.', exist_ok=True)
             answer_file(model, tok, prompts, answers, scorer, best_of, missing_end_score,
-                        batch_size, sampling)
+                        batch_size, max_new_tokens, sampling)
 
         # 4. continuations of a text
         else:
@@ -358,6 +436,7 @@ if __name__ == '__main__':
                 with open(start.removeprefix('FILE:'), encoding='utf-8', newline='') as f:
                     start = f.read()
             stop = tok.eos_ids
+            sampling['max_new_tokens'] = max_new_tokens or DEFAULT_NEW_TOKENS
             # As in nanoGPT, <|endoftext|> in the start is the special token.
             ids = tok.encode(start, special=True)
             if not ids:  # an empty start is the beginning of a document, which follows another

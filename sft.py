@@ -19,7 +19,7 @@ from dataclasses import asdict
 
 # configurator comes first: it answers --help before torch is loaded
 from configurator import (Logger, StopSignal, check_choice, check_divisible, configure,
-                          generator_for, must_skip, one_line, parallel, peak_memory_mb,
+                          generator_for, must_skip, one_line, parallel, peak_flops, peak_memory_mb,
                           restore_optimizers, resume, save_checkpoint, schedule_factor, seed_for,
                           start_run, sum_over_ranks)
 import torch
@@ -306,9 +306,12 @@ if __name__ == '__main__':
     if run.is_master:
         tok.save(os.path.join(log_dir, 'tokenizer.json'))
     stop = StopSignal()
+    machine_flops = peak_flops(run) * run.world_size
     if run.is_master:
+        n_epochs = max_iters * sequences / len(train_examples)
         print(f'{model.n_params():,} parameters; {dataset}: {len(train_examples):,} + '
-              f'{len(val_examples):,} examples; {tokens_per_step:,.0f} tokens per step')
+              f'{len(val_examples):,} examples; {tokens_per_step:,.0f} tokens per step; '
+              f'{max_iters:,} steps are {n_epochs:,.1f} epochs')
 
     began = time.perf_counter()
     last_time = began
@@ -333,6 +336,7 @@ if __name__ == '__main__':
         if done:
             break
         if step % eval_interval == 0 and run.is_master:
+            print(f'evaluating on {len(eval_rows):,} prompts', flush=True)
             figures, responses = evaluate(model, tok, eval_rows, val_prompts, 1, max_new_tokens,
                                           run, generator_for(seed, 'evaluation', step,
                                                              device=run.device))
@@ -393,12 +397,17 @@ if __name__ == '__main__':
             else:
                 metrics['grad_norm'] = grad_norm.item()
             metrics['ms'] = 1000 * (now - last_time)
+            n_tokens = sum(len(ids) - 1 for ids, _ in examples)  # over all ranks
+            metrics['tokens_per_second'] = n_tokens / (now - last_time)
+            metrics['mfu'] = metrics['tokens_per_second'] * flops_per_token / machine_flops
             logger.log(step, metrics)
         last_time = now
 
     # 9. the end: the figures of the test prompts, and the loss of all validation responses
     stop.end_training(run, stopping, step, out_dir)  # other ranks, and a stopped run, exit here
     seconds = time.perf_counter() - began
+    print(f'evaluating on {len(test_rows):,} prompts, with {1 + test_draws} responses each',
+          flush=True)
     test_prompt_ids = encode_prompts([row['messages'][:-1] for row in test_rows], tok,
                                      model.config.block_size, max_new_tokens)
     figures, _ = evaluate(model, tok, test_rows, test_prompt_ids, test_draws, max_new_tokens, run,

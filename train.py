@@ -43,7 +43,7 @@ always_save_checkpoint = True      # False = only if the validation loss improve
 tensorboard_log = False            # log to out_dir/tensorboard
 wandb_log = False                  # log to Weights & Biases
 wandb_project = 'nanollm'
-wandb_run_name = 'base'
+wandb_run_name = ''                # '' = the name of the folder
 # data
 dataset = 'shakespeare'            # a folder of data/, or the full path of a folder elsewhere
 tokenizer = 'bpe'                  # 'byte' | 'bpe' | 'gpt2' | a tokenizer.json or its folder |
@@ -229,6 +229,11 @@ if __name__ == '__main__':
     first_step = checkpoint.get('step', 0)
 
     # 2. data and model
+    own_tokenizer = os.path.join(out_dir, 'tokenizer.json')
+    if checkpoint and 'tokenizer' not in overrides and os.path.exists(own_tokenizer):
+        # Tokens of the run's own tokenizer, also if the data was prepared again in the meantime.
+        tokenizer = own_tokenizer
+        vocab_size = 0
     train_data, val_data, meta, tok = load_dataset(dataset, block_size, tokenizer, vocab_size)
     tokenizer_name = meta['tokenizer']['name']
     model_settings = dict(config)
@@ -330,6 +335,9 @@ if __name__ == '__main__':
                 if not always_save_checkpoint:
                     save_checkpoint(out_dir, snapshot, final=done)
             if step >= max_iters and eval_iters and not eval_only:
+                if run.is_master:
+                    print(f'evaluating on all {len(val_data):,} tokens of the validation set',
+                          flush=True)
                 val_loss = evaluate(model, val_data, block_size, batch_size, run)
             val_bpb = val_loss / bytes_per_token / math.log(2)
             logger.log(step, {'val_loss': val_loss, 'val_bpb': val_bpb})

@@ -18,7 +18,7 @@ from model import attention, rope_frequencies, rope_table, rotate, visible
 # -----------------------------------------------------------------------------
 out_dir = 'out/attention'               # folder of the run
 text = 'a rose, a rose, a rose'         # text to read
-out = 'assets/attention.png'            # picture to write
+out = 'attention.png'                   # picture to write
 # -----------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 Draw the pipeline of the project as one picture: the four stages, the data that each one reads,
 and which stage starts from which.
 
-    python assets/draw_pipeline.py --out=assets/pipeline.png
+    python assets/draw_pipeline.py --out=pipeline.png
 """
 import os
 import sys
@@ -11,7 +11,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from configurator import configure
 
 # -----------------------------------------------------------------------------
-out = 'assets/pipeline.png'      # picture to write
+out = 'pipeline.png'             # picture to write
 # -----------------------------------------------------------------------------
 
 # All lengths are in inches. A README shows the picture 9 inches wide at 100 pixels per inch.

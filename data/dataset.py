@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import unicodedata
 from contextlib import ExitStack
 from urllib.request import urlopen
@@ -23,7 +24,7 @@ from urllib.request import urlopen
 import numpy as np
 from filelock import FileLock
 
-from bpe import END_OF_TEXT_NAMES, NAMED_TOKENIZERS, Tokenizer, get_tokenizer
+from bpe import END_OF_TEXT_NAMES, NAMED_TOKENIZERS, REPORT_SECONDS, Tokenizer, get_tokenizer
 from configurator import write_atomically
 
 DATA_FOLDER = os.path.dirname(os.path.abspath(__file__))
@@ -41,6 +42,7 @@ def download(url, sha256=''):
     OSError if it cannot be reached; the message names the address, and --input=FILE instead.
     ValueError if the content does not have the expected sha256 ('' = any content).
     """
+    print(f'downloading {url}', flush=True)
     try:
         data = urlopen(url, timeout=60).read()
     except OSError as error:
@@ -106,12 +108,16 @@ def write_tokens(file, tokenizer, documents, dtype):
     end = tokenizer.end_of_text
     n_tokens = 0
     n_bytes = 0
+    last_report = time.monotonic()
     for document in documents:
         for piece in split_document(document):
             ids = np.array(tokenizer.encode(piece), dtype)
             file.write(ids.tobytes())
             n_tokens += len(ids)
             n_bytes += len(piece.encode())
+            if time.monotonic() - last_report > REPORT_SECONDS:
+                print(f'  {n_bytes:,} bytes', flush=True)
+                last_report = time.monotonic()
         if end is not None:
             file.write(np.array([end], dtype).tobytes())
             n_tokens += 1
@@ -150,6 +156,7 @@ def write_dataset(folder, tokenizer, train, val, **about):
     with ExitStack() as stack:
         for split, documents in (('train', train), ('val', val)):
             path = os.path.join(folder, f'{split}.bin')
+            print(f'encoding {path}', flush=True)
             file = stack.enter_context(write_atomically(path))
             n_tokens, n_bytes = write_tokens(file, tokenizer, documents, dtype)
             if n_bytes == 0:
@@ -352,9 +359,10 @@ def load_dataset(dataset, block_size, tokenizer='', vocab_size=0):
     wanted = {}
     if tokenizer:
         new_settings['tokenizer'] = tokenizer
+    if tokenizer in NAMED_TOKENIZERS:
         wanted['name'] = tokenizer
-    if tokenizer and tokenizer not in NAMED_TOKENIZERS:
-        # The file may have changed since the dataset was prepared, so its path is not enough.
+    elif tokenizer:
+        # Only the content of a file counts: its path may differ, and the file may have changed.
         wanted['fingerprint'] = get_tokenizer(tokenizer).fingerprint
     if vocab_size:
         new_settings['vocab_size'] = vocab_size

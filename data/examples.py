@@ -35,7 +35,8 @@ FORMATS = {
            'output; messages; conversations',
     'preference': 'chosen and rejected, as texts with prompt, question, instruction or messages, '
                   'as lists of messages, or as "\\n\\nHuman: ...\\n\\nAssistant: ..." transcripts',
-    'prompt': 'prompt (text or messages); question; instruction and input; messages; conversations',
+    'prompt': 'prompt (text or messages); question; instruction and input; messages; '
+              'conversations; chosen and rejected',
 }
 
 # Names of roles in published files, and ours.
@@ -308,6 +309,9 @@ def sft_form(record):
 
 def prompt_form(record):
     """{'messages', 'prompt'} of a prompt, and 'response' if there is a gold response."""
+    if prompt_column(record) is None and 'chosen' in record:
+        pair = preference_form(record)  # such as two transcripts: what they share is the prompt
+        return {'messages': pair['messages'], 'prompt': pair['prompt']}
     messages = read_conversation(record, 'prompt')
     # The last response is the gold response; it is not part of the prompt.
     response = None
@@ -559,7 +563,8 @@ def load_examples(dataset, split, kind, default=None):
 
     If the file does not exist, `default` is returned, or a ValueError raised if there is none.
     Without a default, a dataset that has no file of examples at all is prepared first; one that has
-    any stays as it is, because the files may be the user's own.
+    any stays as it is, because the files may be the user's own. If it has no file of prompts, they
+    are those of its demonstrations or, if it has none of these either, of its preference pairs.
     """
     folder = dataset_folder(dataset)
 
@@ -573,6 +578,12 @@ def load_examples(dataset, split, kind, default=None):
     path = find_examples(folder, split)
     if path is None and default is not None:
         return default
+    if path is None and kind == 'prompt':
+        # Demonstrations and preference pairs contain prompts too.
+        for other in ('sft', 'pref'):
+            path = path or find_examples(folder, split.replace('prompts', other))
+        if path is not None:
+            print(f'{split}: the prompts of {path}', flush=True)
     if path is None:
         script = os.path.join(folder, 'prepare.py')
         message = f'{os.path.join(folder, split)}.jsonl: no such file'

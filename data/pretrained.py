@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -882,16 +883,19 @@ def tokenizer_of(checkpoint):
 
 # ----- What --init_from names
 
+HUB_NAME = re.compile(r'\w[\w.-]*(/\w[\w.-]*)?')
+
 def is_run(source, out_dir):
     """True if `source` is a run's folder or checkpoint, False if it is a Hugging Face model."""
     if os.path.exists(os.path.join(source, 'ckpt.pt')):
         return True
     if os.path.exists(os.path.join(source, 'config.json')):
         return False
-    # A run that is missing is reported as missing. It is not looked up on huggingface.co.
+    # A run that is missing is reported as missing. It is not looked up on huggingface.co, where a
+    # name is NAME or OWNER/NAME. out/ is where runs are, even before the first one.
     parent = os.path.dirname(source)
-    is_local = os.path.exists(source) or (parent != '' and os.path.isdir(parent))
-    return is_local or source == out_dir
+    is_hub_name = HUB_NAME.fullmatch(source) and parent != 'out' and not os.path.isdir(parent)
+    return os.path.exists(source) or source == out_dir or not is_hub_name
 
 
 def load_model(source, config, tok=None):
@@ -914,8 +918,8 @@ def load_model(source, config, tok=None):
         model, own = model_of_folder(source, config, tok)
     if tok is not None and tok.fingerprint != own.fingerprint:
         raise ValueError(f'the data has another tokenizer ({tok.vocab_size} tokens) than the model '
-                         f"({own.vocab_size}); save the model's as a tokenizer.json and prepare "
-                         'the data with --tokenizer=FILE')
+                         f"({own.vocab_size}); prepare it with the model's: --tokenizer=FOLDER, "
+                         'where FOLDER is that of the run or the model')
     return model, own
 
 

@@ -19,7 +19,8 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import bpe
-from bpe import HuggingFaceTokenizer, Tokenizer, chat_format, get_tokenizer, render_chat
+from bpe import (SPECIAL_TOKENS, HuggingFaceTokenizer, Tokenizer, chat_format, get_tokenizer,
+                 render_chat)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -187,8 +188,8 @@ def test_merges_are_pairs_of_older_ids(trained):
 @pytest.mark.parametrize('text, size, words', [
     ('', 300, 'no text'),
     (None, 300, 'no text'),
-    ('ab ab', 260, 'ask for 261'),
-    ('ab ab', 9999, 'ask for 263'),
+    ('ab ab', 260, 'ask for at least 261'),
+    ('ab ab', 9999, 'ask for at most 263'),
     ('a\ud800', 300, 'position 1'),
 ])
 def test_impossible_training_is_refused(text, size, words):
@@ -1192,6 +1193,12 @@ def test_the_command_line_trains_a_tokenizer(text, tmp_path):
     assert '39 merges' in done.stdout and 'bytes per token' in done.stdout
     trained = Tokenizer.train(text[:20_000], 300)
     assert Tokenizer.load(str(tmp_path / 't.json')).fingerprint == trained.fingerprint
+
+
+def test_training_that_takes_long_prints_its_progress(text, monkeypatch, capsys):
+    monkeypatch.setattr(bpe, 'REPORT_SECONDS', -1)  # every merge takes longer
+    Tokenizer.train(text, 256 + 3 + len(SPECIAL_TOKENS))
+    assert capsys.readouterr().out == '  1 of 3 merges\n  2 of 3 merges\n  3 of 3 merges\n'
 
 
 def test_verbose_prints_each_merge_with_its_count(tmp_path):

@@ -37,7 +37,8 @@ from configurator import (Logger, StopSignal, check_choice, check_divisible, con
                           divergence_error, generator_for, learning_rate_at, load_checkpoint,
                           must_skip, one_line_errors, parallel, peak_flops, peak_memory_mb,
                           print_help, read_log, read_settings, restore_optimizers, resume,
-                          save_checkpoint, schedule_factor, seed_for, start_run, write_atomically)
+                          save_checkpoint, schedule_factor, seed_for, start_run, start_wandb,
+                          write_atomically)
 from conftest import ROOT, call, finish, ok, one_line, start
 
 # -----------------------------------------------------------------------------
@@ -348,6 +349,7 @@ def test_a_setting_whose_default_is_auto_may_be_a_bool(settings_of):
     (['--qqq=6'], ['--qqq=6', 'no setting', '--help']),
     (['--lr=0.1'], ['--lr=0.1', 'no setting', '--learning_rate?']),
     (['--epochs=3'], ['--epochs=3', 'no setting', '--max_iters?']),
+    (['--bs=3'], ['--bs=3', 'no setting', '--batch_size?']),
     (['--after=6'], ['--after=6', 'no setting']),
     (['--n_layer=six'], ['--n_layer=six', 'n_layer', 'int', '4', "'six'"]),
     (['--n_layer=1.5'], ['--n_layer=1.5', 'int', '1.5']),
@@ -432,8 +434,17 @@ def test_a_choice_that_does_not_exist_is_an_error_that_lists_those_that_do():
         check_choice({'loss': 'ppo'}, 'loss', ('bt', 'dpo'))
 
 
-def test_a_folder_may_begin_with_a_tilde(settings_of):
-    assert settings_of('--out_dir=~/run')['out_dir'] == os.path.expanduser('~/run')
+@pytest.mark.parametrize('argument', ['--out_dir=~/run', '--init_from=~/run'])
+def test_a_path_may_begin_with_a_tilde(run_configure, argument):
+    config, _ = run_configure(argument, script=RANGED)
+    assert os.path.expanduser('~/run') in (config['out_dir'], config['init_from'])
+
+
+def test_a_default_may_be_outside_its_range_where_it_has_a_meaning_of_its_own(run_configure):
+    script = RANGED.replace('batch_size = 8', 'batch_size = 0')
+    assert run_configure(script=script)[0]['batch_size'] == 0
+    with pytest.raises(ValueError, match='batch_size must be at least 1; got -1'):
+        run_configure('--batch_size=-1', script=script)
 
 
 def test_help_lists_every_setting_with_its_default_and_comment():
@@ -1232,7 +1243,7 @@ def test_a_bit_flipped_anywhere_is_an_error_or_changes_nothing(tmp_path):
 def test_a_folder_without_a_checkpoint_or_a_missing_path_is_named(tmp_path):
     with pytest.raises(ValueError, match=f'{tmp_path / "ckpt.pt"}: no such checkpoint'):
         load_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match=f'{tmp_path / "no"}: no such checkpoint'):
+    with pytest.raises(ValueError, match=f'{tmp_path / "no"}: no such run'):
         load_checkpoint(tmp_path / 'no')
 
 
@@ -1568,3 +1579,53 @@ def test_wandb_offline_writes_a_run_with_its_settings_and_what_was_logged(tmp_pa
         for item in record.summary.update:
             summary[item.key or item.nested_key[0]] = item.value_json
     assert summary['val_loss'] == '4.25'
+
+
+def test_a_resumed_run_continues_its_own_wandb_run_and_a_fresh_one_has_its_own(
+        tmp_path, monkeypatch):
+    pytest.importorskip('wandb')
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.setenv('WANDB_SILENT', 'true')
+    folder = tmp_path / 'sft'
+    config = {'wandb_log': True, 'out_dir': f'{folder}/'}
+
+    def wandb_run(step=None):
+        logger = Logger(str(folder), config, step)
+        logger.log(step or 0, {'loss': 1.0})
+        logger.final({})
+        return logger.wandb
+
+    first = wandb_run()
+    resumed = wandb_run(step=5)
+    fresh = wandb_run()
+    assert first.id == resumed.id != fresh.id
+    assert first.name == resumed.name == fresh.name == 'sft'  # that of the folder
+    # Its id stays with the run that was moved aside.
+    assert (folder / 'before.1' / 'wandb_id.txt').read_text() == first.id
+    assert (folder / 'wandb_id.txt').read_text() == fresh.id
+    # The files of the resumed run, which wandb sync uploads, name the same run.
+    paths = sorted(folder.glob(f'wandb/offline-run-*/run-{first.id}.wandb'))
+    assert len(paths) == 2
+    for path in paths:
+        run = next(record.run for record in wait_for_wandb(path) if record.HasField('run'))
+        assert (run.run_id, run.display_name) == (first.id, 'sft')
+
+
+@pytest.mark.parametrize('out_dir, log_dir, name, expected', [
+    ('out/base', 'out/base', '', 'base'),
+    ('out/deep/base/', 'out/deep/base/', '', 'base'),
+    ('out/base', 'out/base/eval', '', 'base/eval'),
+    ('out/base', 'out/base', 'mine', 'mine')])
+def test_the_name_of_a_wandb_run(out_dir, log_dir, name, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.makedirs(log_dir)
+    settings = {}
+
+    def init(**given):
+        settings.update(given)
+        return types.SimpleNamespace(id='abc')
+    monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=init))
+    start_wandb(log_dir, {'out_dir': out_dir, 'wandb_run_name': name})
+    assert (settings['name'], settings['id']) == (expected, None)
+    start_wandb(log_dir, {'out_dir': out_dir, 'wandb_run_name': name})
+    assert settings['id'] == 'abc'

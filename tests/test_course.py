@@ -15,7 +15,7 @@ from conftest import ROOT
 
 COURSE = 'config/course/README.md'
 WORDPLAY = 'config/wordplay/README.md'
-READMES = [COURSE, WORDPLAY, 'tests/README.md']
+READMES = ['README.md', 'data/README.md', COURSE, WORDPLAY, 'tests/README.md']
 
 # The number of items in each of the eight parts of the course.
 ITEMS_PER_PART = (7, 6, 6, 5, 3, 4, 4, 5)
@@ -146,6 +146,8 @@ def check_command(command):
     # 3. A script; benchmarks have no settings.
     script = words[1]
     assert exists(script), command
+    # A picture of the project is not overwritten by a reader who tries the command.
+    assert not any(re.search(r'\bassets/.*\.png', word) for word in words[2:]), command
     if script.startswith('tests/'):
         return
     # 4. Its config files and settings. Folders, which assets/draw.py takes, need not exist yet.
@@ -208,16 +210,24 @@ def test_the_command_of_an_item_is_valid(row):
 @pytest.mark.parametrize('path', READMES)
 def test_the_commands_of_a_readme_are_valid(path):
     commands = commands_in(indented_lines(read(path)))
-    assert len(commands) >= 5
+    assert commands
     for command in commands:
         check_command(command)
+
+
+def test_no_script_writes_to_a_tracked_picture_unless_it_is_named():
+    scripts = [f'assets/{name}' for name in os.listdir(os.path.join(ROOT, 'assets'))]
+    scripts += [f'tests/{name}' for name in os.listdir(os.path.join(ROOT, 'tests'))]
+    for script in scripts:
+        if script.endswith('.py'):
+            assert not re.search(r"'assets/\w+\.png'", read(script)), script
 
 
 @pytest.mark.parametrize('path', READMES)
 def test_the_files_that_a_readme_links_to_exist(path):
     folder = os.path.dirname(path)
     links = re.findall(r'\]\(([^)#]+)', read(path))
-    assert links
+    assert links or path == 'data/README.md'
     for link in links:
         assert exists(os.path.join(folder, link)), link
 

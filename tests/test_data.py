@@ -133,6 +133,14 @@ def test_a_dataset_contains_its_documents_each_with_an_end(trained, tmp_path, ca
     assert sorted(os.listdir(tmp_path)) == names
 
 
+def test_the_phases_of_a_preparation_are_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('data.dataset.REPORT_SECONDS', -1)  # every piece takes longer
+    write_dataset(str(tmp_path), Tokenizer.byte(), ['one', 'two'], ['three'])
+    assert capsys.readouterr().out.splitlines()[:-1] == [
+        f'encoding {tmp_path}/train.bin', '  3 bytes', '  6 bytes',
+        f'encoding {tmp_path}/val.bin', '  5 bytes']
+
+
 def test_large_vocabularies_use_four_bytes_per_token(tmp_path):
     tokenizer = Tokenizer(Tokenizer.byte().tokens, {'<|endoftext|>': 256, '<last>': 65_535})
     write_dataset(str(tmp_path), tokenizer, ['a'], ['b'])
@@ -432,6 +440,24 @@ def test_a_dataset_with_any_file_of_examples_is_not_prepared_again(project):
     assert len(runs(project)) == 1
 
 
+def test_without_a_file_of_prompts_they_are_those_of_demonstrations_or_else_of_pairs(
+        tmp_path, capsys):
+    write(tmp_path / 'pref_train.jsonl', {'prompt': 'a', 'chosen': 'x', 'rejected': 'y'})
+    assert load_examples(str(tmp_path), 'prompts_train', 'prompt') == [
+        {'messages': [user('a')], 'prompt': 'a'}]
+    write(tmp_path / 'sft_train.jsonl', {'prompt': 'b', 'response': 'z'})
+    assert load_examples(str(tmp_path), 'prompts_train', 'prompt') == [
+        {'messages': [user('b')], 'prompt': 'b', 'response': 'z'}]
+    printed = capsys.readouterr().out
+    assert printed.endswith(f'prompts_train: the prompts of {tmp_path}/sft_train.jsonl\n')
+    write(tmp_path / 'prompts_train.jsonl', {'prompt': 'c'})
+    assert load_examples(str(tmp_path), 'prompts_train', 'prompt')[0]['prompt'] == 'c'
+    # What is optional is not replaced, and demonstrations are not made of pairs.
+    assert load_examples(str(tmp_path), 'prompts_test', 'prompt', default=[]) == []
+    with pytest.raises(ValueError, match='sft_val.jsonl: no such file'):
+        load_examples(str(tmp_path), 'sft_val', 'sft')
+
+
 def test_a_json_list_in_the_folder_is_found_too(tmp_path):
     (tmp_path / 'prompts_val.json').write_text('[{"prompt": "a"}, {"question": "b"}]')
     rows = load_examples(str(tmp_path), 'prompts_val', 'prompt')
@@ -541,6 +567,13 @@ def test_a_prompt_of_every_format_keeps_system_and_history_and_its_gold_response
     {'conversations': [{'from': 'human', 'value': 'p'}]}])
 def test_a_prompt_without_a_response(record):
     assert to_example(record, 'prompt') == {'messages': [user('p')], 'prompt': 'p'}
+
+
+def test_the_prompt_of_two_transcripts_is_what_they_share():
+    transcript = '\n\nHuman: a\n\nAssistant: b\n\nHuman: p\n\nAssistant: '
+    record = {'chosen': transcript + 'c', 'rejected': transcript + 'r'}
+    messages = [user('a'), assistant('b'), user('p')]
+    assert to_example(record, 'prompt') == {'messages': messages, 'prompt': 'p'}
 
 
 PAIR = {'messages': [user('p')], 'prompt': 'p', 'chosen': 'c', 'rejected': 'r'}
@@ -1111,6 +1144,18 @@ def test_alpaca_records_become_demonstrations_and_pairs(tmp_path, kind):
     assert {row['prompt'] for row in pref_val} == val_prompts
     pair = {'prompt': 'Do 8.', 'chosen': 'Good 8.', 'rejected': 'Bad 8.'}
     assert pair in pref_train + pref_val
+
+
+def test_alpaca_takes_several_files_of_different_kinds(tmp_path):
+    answers = [{'question': f'What is {i}?', 'answer': f'It is {i}.'} for i in range(20)]
+    pairs = [{'prompt': f'What is {i}?', 'chosen': f'{i}.', 'rejected': 'No.'} for i in range(10)]
+    first = write(tmp_path / 'answers.jsonl', *answers)
+    second = write(tmp_path / 'pairs.jsonl', *pairs)
+    printed = ok('alpaca', f'--input={first},{second}', f'--out={tmp_path / "out"}')
+    assert f'{first},{second}: 20 demonstrations and 10 pairs\n' in printed
+    counts = {file.name: len(lines(file)) for file in (tmp_path / 'out').glob('*.jsonl')}
+    assert counts['sft_train.jsonl'] + counts['sft_val.jsonl'] == 20
+    assert counts['pref_train.jsonl'] + counts['pref_val.jsonl'] == 10
 
 
 def test_alpaca_keeps_system_prompts_and_history_and_ignores_further_columns(tmp_path):

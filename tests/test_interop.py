@@ -6,6 +6,7 @@ Nothing is downloaded.
 """
 import json
 import os
+import re
 import shutil
 import struct
 import sys
@@ -902,10 +903,15 @@ def test_a_missing_run_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     def fetch(*_, **__):
         pytest.fail('asked the hub')
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', fetch)
-    with pytest.raises(ValueError, match='no such checkpoint'):
-        load_model('out/nowhere', {'out_dir': 'out/nowhere'})
-    with pytest.raises(ValueError, match='no such checkpoint'):
-        load_model(str(tmp_path / 'nowhere'), {})
+    monkeypatch.chdir(tmp_path)  # like a fresh clone, it has no folder out
+    (tmp_path / 'runs').mkdir()
+    missing = ['out/sft', 'runs/sft', './sft', '../sft', 'out/deep/sft', 'runs/sft/', '~/sft',
+               str(tmp_path / 'sft')]
+    for source in missing:
+        with pytest.raises(ValueError, match=f'^{re.escape(source)}: no such run; train it first'):
+            load_model(source, {'out_dir': 'out/ppo'})
+    with pytest.raises(ValueError, match='^mine: no such run'):
+        load_model('mine', {'out_dir': 'mine'})
 
 
 def test_a_folder_that_is_both_a_run_and_a_model_is_the_run(with_tokenizer, tmp_path):

@@ -7,6 +7,8 @@ logits, one full forward pass per token, and UTF-8 as Python decodes it.
 """
 import json
 import math
+import os
+import select
 import subprocess
 
 import pytest
@@ -203,7 +205,7 @@ def test_the_start_is_truncated_to_learned_positions_and_that_is_printed_once(ra
 
 def test_a_missing_run_is_an_error_of_one_line_that_names_it(tmp_path):
     message = one_line(call('sample.py', f'--out_dir={tmp_path}/no'))
-    assert f'{tmp_path}/no: no such checkpoint' in message
+    assert f'{tmp_path}/no: no such run' in message
 
 
 # -----------------------------------------------------------------------------
@@ -471,6 +473,16 @@ def test_a_bad_line_of_prompts_is_named_and_nothing_is_written(trained_run, tmp_
     assert read_jsonl(tmp_path / 'a.jsonl') == [{'response': 'earlier'}]
 
 
+def test_responses_to_a_file_take_what_the_context_leaves_the_longest_prompt(
+        random_run, tmp_path):
+    write_jsonl(tmp_path / 'prompts.jsonl', [{'prompt': 'the'}, {'prompt': 'a queen'}])
+    printed = ok(call('sample.py', *CPU, f'--out_dir={random_run}',
+                      f'--prompts={tmp_path}/prompts.jsonl', f'--answers={tmp_path}/a.jsonl'))
+    # <|user|>a queen<|end|><|assistant|> has 10 tokens, and the context 32.
+    assert 'answering 2 prompts, at most 22 tokens each\n' in printed
+    assert all(len(row['response'].encode()) <= 22 * 3 for row in read_jsonl(tmp_path / 'a.jsonl'))
+
+
 def test_answers_that_cannot_be_written_are_an_error_before_any_response(
         trained_run, tmp_path, monkeypatch):
     write_jsonl(tmp_path / 'prompts.jsonl', [{'prompt': 'a'}])
@@ -488,50 +500,132 @@ def test_answers_that_cannot_be_written_are_an_error_before_any_response(
 # -----------------------------------------------------------------------------
 # Chat
 
-def chat_output(folder, stdin, max_new_tokens):
+def chat_output(folder, stdin, *args):
     """The output of a chat after each prompt sign, for an input that is piped in."""
     printed = ok(call('sample.py', *CPU, f'--out_dir={folder}', '--chat=True', '--temperature=0',
-                      f'--max_new_tokens={max_new_tokens}', stdin=stdin))
+                      *args, stdin=stdin))
     greeting, *outputs, last = printed.split('\n', 1)[1].split('> ')
     assert '/reset' in greeting
     assert last == '\n'
     return outputs
 
 
-def greedy_response(folder, history, max_new_tokens):
-    """The response to a list of texts, by the user and the assistant in turn."""
-    tok = Tokenizer.byte()
+def conversation(texts, system_prompt=''):
+    """The messages of texts by the user and the assistant in turn."""
     messages = []
-    for i, text in enumerate(history):
+    if system_prompt:
+        messages.append({'role': 'system', 'content': system_prompt})
+    for i, text in enumerate(texts):
         messages.append(user(text) if i % 2 == 0 else assistant(text))
+    return messages
+
+
+def greedy_response(folder, messages, max_new_tokens, limit=32):
+    """The response to the last `limit` tokens of a conversation."""
+    tok = Tokenizer.byte()
     ids, _ = render_chat(messages, tok)
-    # The context has 32 tokens, of which max_new_tokens are for the response.
-    limit = 32 - max_new_tokens
     new = greedy_ids(folder, ids[-limit:], max_new_tokens)
     return printable(tok.decode(new).split('<|end|>')[0])
 
 
 def test_a_chat_remembers_its_messages_until_reset(random_run):
-    first = greedy_response(random_run, ['the'], 4)
-    second = greedy_response(random_run, ['the', first, 'a'], 4)
-    alone = greedy_response(random_run, ['a'], 4)
+    first = greedy_response(random_run, conversation(['the']), 4)
+    second = greedy_response(random_run, conversation(['the', first, 'a']), 4)
+    alone = greedy_response(random_run, conversation(['a']), 4)
     assert second != alone
-    outputs = chat_output(random_run, 'the\na\n/reset\n\na\n', max_new_tokens=4)
+    outputs = chat_output(random_run, 'the\na\n/reset\n\na\n', '--max_new_tokens=4')
     assert outputs == [f'{first}\n', f'{second}\n', '', '', f'{alone}\n']
 
 
-def test_a_long_chat_continues_with_its_last_tokens_and_that_is_printed_once(random_run):
-    first = greedy_response(random_run, ['the king of'], 8)
-    history = ['the king of', first, 'the queen of']
-    second = greedy_response(random_run, history, 8)
-    third = greedy_response(random_run, [*history, second, 'a stone'], 8)
-    messages = [user(history[0]), assistant(first), user(history[2])]
-    ids, _ = render_chat(messages, Tokenizer.byte())
-    assert len(ids) > 24
-    note = (f'[the conversation has {len(ids)} tokens; the last 24 are used, because block_size '
-            'is 32]\n')
-    outputs = chat_output(random_run, 'the king of\nthe queen of\na stone\n', max_new_tokens=8)
+def test_a_chat_has_a_system_prompt_also_after_reset(random_run):
+    expected = greedy_response(random_run, conversation(['the'], 'Be brief.'), 4)
+    assert expected != greedy_response(random_run, conversation(['the']), 4)
+    outputs = chat_output(random_run, 'the\n/reset\nthe\n', '--max_new_tokens=4',
+                          '--system=Be brief.')
+    assert outputs == [f'{expected}\n', '', f'{expected}\n']
+
+
+def test_a_response_takes_what_the_context_leaves_unless_max_new_tokens_is_given(random_run):
+    # <|user|>the<|end|><|assistant|> has 6 tokens, and the context 32.
+    fits = greedy_response(random_run, conversation(['the']), 26)
+    longer = greedy_response(random_run, conversation(['the']), 40)
+    assert len(fits.encode()) < len(longer.encode())
+    assert chat_output(random_run, 'the\n') == [f'{fits}\n']
+    assert chat_output(random_run, 'the\n', '--max_new_tokens=40') == [f'{longer}\n']
+
+
+@pytest.mark.parametrize('n_prompt, block_size, given, expected', [
+    (6, 32, 0, 26), (6, 32, 40, 40), (20, 8192, 0, 300), (8, 8, 0, 1)])
+def test_the_room_for_a_response(n_prompt, block_size, given, expected):
+    assert sample.response_room(n_prompt, block_size, given) == expected
+
+
+def test_a_long_chat_loses_whole_turns_and_keeps_its_system_prompt():
+    tok = Tokenizer.byte()
+    messages = conversation(['one', 'two', 'three', 'four', 'five'], 'Sys.')
+    # In our format a message takes its letters and two markers; the response adds one marker, and
+    # the system prompt an empty line.
+    assert len(render_chat(messages, tok)[0]) == 4 + 2 + 19 + 5 * 2 + 1
+    assert sample.recent_turns(messages, tok, 36) == messages
+    assert sample.recent_turns(messages, tok, 35) == [messages[0], *messages[3:]]
+    assert sample.recent_turns(messages, tok, 20) == [messages[0], messages[5]]
+    # The last question is never lost.
+    assert sample.recent_turns(messages, tok, 1) == [messages[0], messages[5]]
+    assert sample.recent_turns(messages[1:], tok, 19) == messages[5:]
+
+
+def test_a_long_chat_continues_with_its_last_turns_and_that_is_printed_once(random_run):
+    first = greedy_response(random_run, conversation(['the king']), 8)
+    # Together with the first turn, this question has more than 24 tokens.
+    second = greedy_response(random_run, conversation(['the queen of']), 8)
+    third = greedy_response(random_run, conversation(['a stone']), 8)
+    n_tokens = len(render_chat(conversation(['the king', first, 'the queen of']),
+                               Tokenizer.byte())[0])
+    assert n_tokens > 24
+    note = (f'[the conversation has {n_tokens} tokens; the model sees the last 15, because '
+            'block_size is 32]\n')
+    outputs = chat_output(random_run, 'the king\nthe queen of\na stone\n', '--max_new_tokens=8')
     assert outputs == [f'{first}\n', f'{note}{second}\n', f'{third}\n']
+
+
+def test_a_question_that_is_too_long_by_itself_is_truncated_on_the_left(random_run):
+    question = 'the king of the old stone hall'
+    response = greedy_response(random_run, conversation([question]), 8, limit=24)
+    note = ('[the conversation has 33 tokens; the model sees the last 24, because block_size is '
+            '32]\n')
+    outputs = chat_output(random_run, f'{question}\n', '--max_new_tokens=8')
+    assert outputs == [f'{note}{response}\n']
+
+
+def test_lines_that_are_pasted_together_are_one_message(random_run):
+    pty = pytest.importorskip('pty')  # not on Windows
+    controller, terminal = pty.openpty()
+    process = start('sample.py', *CPU, f'--out_dir={random_run}', '--chat=True',
+                    '--temperature=0', '--max_new_tokens=4', stdin=terminal, stdout=terminal)
+    os.close(terminal)
+
+    def wait_for(text):
+        received = ''
+        while text not in received:
+            ready, _, _ = select.select([controller], [], [], 60)
+            assert ready, f'{text!r} is not printed after {received!r}'
+            received += os.read(controller, 1000).decode().replace('\r\n', '\n')
+
+    wait_for('> ')
+    os.write(controller, b'the\na\n')
+    expected = greedy_response(random_run, conversation(['the\na']), 4)
+    wait_for(f'{expected}\n> ')
+    os.write(controller, b'\x04')
+    assert process.wait(timeout=60) == 0
+    os.close(controller)
+
+
+def test_a_model_that_never_learned_to_chat_is_named_before_the_chat(trained_run, small_sft):
+    printed = ok(call('sample.py', *CPU, f'--out_dir={trained_run}', '--chat=True'))
+    assert f'note: {trained_run} was trained on texts, not on chats' in printed
+    assert f'python sft.py --init_from={trained_run} teaches it' in printed
+    printed = ok(call('sample.py', *CPU, f'--out_dir={small_sft.folder}', '--chat=True'))
+    assert 'note:' not in printed
 
 
 def test_ctrl_c_stops_a_response_and_not_the_chat(trained_run, monkeypatch, capsys):
@@ -546,6 +640,7 @@ def test_ctrl_c_stops_a_response_and_not_the_chat(trained_run, monkeypatch, caps
             raise EOFError from None
 
     def stream(idx, max_new_tokens, stop, suppress):
+        assert max_new_tokens == 32 - idx.size(1)
         assert suppress == []  # the byte tokenizer has all ids of the model
         prompts.append(tok.decode(idx[0].tolist()))
         yield from torch.tensor([*b'yes'])
@@ -554,7 +649,7 @@ def test_ctrl_c_stops_a_response_and_not_the_chat(trained_run, monkeypatch, caps
 
     monkeypatch.setattr('builtins.input', read_message)
     monkeypatch.setattr(model, 'stream', stream)
-    sample.chat_loop(model, tok, {'max_new_tokens': 1})
+    sample.chat_loop(model, tok, '', 0, {})
     assert capsys.readouterr().out.splitlines()[-3:] == ['yes [stopped]', 'yes', '']
     conversation = '<|user|>hi<|end|><|assistant|>yes<|end|><|user|>and?<|end|><|assistant|>'
     assert prompts == ['<|user|>hi<|end|><|assistant|>', conversation]

@@ -909,11 +909,26 @@ def test_a_resumed_run_prepares_its_own_tokens_again_if_the_data_has_others(unpr
     run_train(tmp_path / 'byte', 'mine', max_iters=1)
     run_train(tmp_path / 'bpe', 'mine', max_iters=1, tokenizer='bpe', vocab_size=300)
     printed = resume_train(tmp_path / 'byte', max_iters=2)
-    assert 'preparing' in printed and '--tokenizer=byte' in printed
+    assert 'preparing' in printed and f'--tokenizer={tmp_path}/byte/tokenizer.json' in printed
     assert load_checkpoint(str(tmp_path / 'byte'))['step'] == 2
     printed = resume_train(tmp_path / 'bpe', max_iters=2)
-    assert '--tokenizer=bpe --vocab_size=300' in printed
+    assert f'--tokenizer={tmp_path}/bpe/tokenizer.json' in printed
     assert 'held another' not in printed
+
+
+def test_a_run_continues_with_one_more_file_that_is_prepared_with_its_own_tokenizer(
+        unprepared, tmp_path):
+    run = tmp_path / 'run'
+    run_train(run, 'mine', max_iters=1, tokenizer='bpe', vocab_size=300)
+    before = json.loads((unprepared / 'meta.json').read_text())
+    (unprepared / 'more.txt').write_text('some further words ' * 200)
+    ok(call(unprepared / 'prepare.py', f'--input={unprepared}', f'--tokenizer={run}'))
+    after = json.loads((unprepared / 'meta.json').read_text())
+    assert after['train_tokens'] > before['train_tokens']
+    assert after['tokenizer']['fingerprint'] == before['tokenizer']['fingerprint']
+    assert 'preparing' not in resume_train(run, max_iters=2)
+    assert json.loads((unprepared / 'meta.json').read_text()) == after
+    assert load_checkpoint(str(run))['step'] == 2
 
 
 def test_a_dataset_is_prepared_again_if_the_tokenizer_file_has_changed(unprepared):

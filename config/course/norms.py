@@ -6,7 +6,7 @@
 #     done; done
 #     python assets/draw.py out/layernorm-1 out/layernorm-2 out/layernorm-3 \
 #         out/rmsnorm-1 out/rmsnorm-2 out/rmsnorm-3 --metrics=val_loss --first=50 \
-#         --out=assets/norms.png
+#         --out=norms.png
 #     python tests/bench_norm.py
 #
 # Result, in nats per byte:

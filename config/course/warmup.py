@@ -9,7 +9,7 @@
 #             --seed=$s --out_dir=out/warm-$s
 #     done
 #     python assets/draw.py out/cold-1337 out/cold-2 out/cold-3 out/warm-1337 out/warm-2 \
-#         out/warm-3 --metrics=val_loss --first=25 --out=assets/warmup.png
+#         out/warm-3 --metrics=val_loss --first=25 --out=warmup.png
 #
 # Result, in nats per byte:
 #

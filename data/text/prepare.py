@@ -171,6 +171,7 @@ if __name__ == '__main__':
     # 1. The files, and how many characters each has. This also checks that all of it is UTF-8.
     paths = find_files(input, ext)
     files = []
+    print(f'reading {sum(path.stat().st_size for path in paths):,} bytes', flush=True)
     for path in paths:
         size = sum(len(text) for text in read_pieces(path))
         if size > 0:
