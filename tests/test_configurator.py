@@ -203,6 +203,12 @@ def settings_of(run_configure):
     return lambda *args, **more: run_configure(*args, **more)[0]
 
 
+@pytest.mark.parametrize('short, name', [
+    ('lr', 'learning_rate'), ('epochs', 'max_iters'), ('bs', 'batch_size')])
+def test_a_usual_short_name_suggests_the_setting(short, name):
+    assert configurator.nearest_name(short, read_settings(train.__file__)) == name
+
+
 @pytest.fixture
 def error_of(run_configure):
     """A function that returns the message of the ValueError that a command line raises."""
@@ -349,7 +355,6 @@ def test_a_setting_whose_default_is_auto_may_be_a_bool(settings_of):
     (['--qqq=6'], ['--qqq=6', 'no setting', '--help']),
     (['--lr=0.1'], ['--lr=0.1', 'no setting', '--learning_rate?']),
     (['--epochs=3'], ['--epochs=3', 'no setting', '--max_iters?']),
-    (['--bs=3'], ['--bs=3', 'no setting', '--batch_size?']),
     (['--after=6'], ['--after=6', 'no setting']),
     (['--n_layer=six'], ['--n_layer=six', 'n_layer', 'int', '4', "'six'"]),
     (['--n_layer=1.5'], ['--n_layer=1.5', 'int', '1.5']),

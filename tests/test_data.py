@@ -321,7 +321,7 @@ def test_a_nanogpt_folder_is_recognised_and_not_replaced(folder, has_pickle, tmp
 
 
 def test_a_dataset_that_does_not_exist_gets_the_names_of_those_that_do(tmp_path):
-    with pytest.raises(ValueError, match='no such dataset .*shakespeare_char, text, wordplay'):
+    with pytest.raises(ValueError, match='no such dataset .*shakespeare_char, sums, text, wordplay'):
         load_dataset(str(tmp_path / 'none'), 32)
     with pytest.raises(ValueError, match='dataset must be the name of a folder'):
         load_dataset('', 32)
