@@ -35,7 +35,7 @@ import torch.nn as nn
 
 from assets.draw import draw_curves
 from data.examples import endless_order, load_examples, load_function, load_gold
-from data.pretrained import load_chat_model, load_reward_model, restore_weights
+from data.pretrained import check_not_moved, load_chat_model, load_reward_model, restore_weights
 from model import ScalarHead, skip_idle_experts
 from sample import (answer, best_of_n, encode_prompts, exact_match, fast_decoding, pad_left,
                     prompt_limit)
@@ -530,6 +530,8 @@ if __name__ == '__main__':
     if reference_dir and not checkpoint:
         raise ValueError('reference_dir is for a resumed run; a new one starts from init_from')
     source = reference_dir or init_from
+    if checkpoint:
+        check_not_moved(source)
     first_step = checkpoint.get('step', 0)
     if '.py:' not in reward:
         check_choice(config, 'reward', ('model', 'gold', 'FILE.py:function'))
