@@ -286,6 +286,16 @@ def configure(names):
     return config, overrides
 
 
+def is_rank_0():
+    """Whether this process is rank 0, which prints, of those that torchrun started; or alone."""
+    return os.environ.get('RANK', '0') == '0'
+
+
+def torchrun_id():
+    """The number that torchrun gave to the run, the same in a restart. None without torchrun."""
+    return os.environ.get('TORCHELASTIC_RUN_ID')
+
+
 def resume(config, overrides, fixed):
     """
     Returns (config, checkpoint). For a new run these are the config as it is, and {}.
@@ -299,10 +309,17 @@ def resume(config, overrides, fixed):
     path = os.path.join(config['out_dir'], 'ckpt.pt')
     previous = os.path.join(config['out_dir'], 'ckpt_prev.pt')
     restarts = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
-    restarted = restarts > 0 and (os.path.exists(path) or os.path.exists(previous))
-    if config['init_from'] != 'resume' and not restarted:
+    has_checkpoint = os.path.exists(path) or os.path.exists(previous)
+    if config['init_from'] != 'resume' and not (restarts > 0 and has_checkpoint):
         return config, {}
+    is_reader = config.get('eval_only') or config.get('check')
+    if has_checkpoint and is_rank_0() and not is_reader:
+        # A process that is still using the folder may yet save a later checkpoint.
+        lock_run_folder(config['out_dir']).release()
     checkpoint = load_checkpoint(config['out_dir'])
+    # A restart continues only what this command of torchrun saved, not an older run in the folder.
+    if config['init_from'] != 'resume' and checkpoint.get('run_id') != torchrun_id():
+        return config, {}
 
     # 2. It must be of the same stage.
     script = os.path.basename(sys.argv[0])
@@ -323,7 +340,7 @@ def resume(config, overrides, fixed):
             raise ValueError(f'{overrides[key]}: {key}={config[key]!r}, but the run to resume has '
                              f'{saved!r}, which cannot change; leave it out, or start a new run in '
                              'another out_dir')
-        elif config[key] != saved and os.environ.get('RANK', '0') == '0':
+        elif config[key] != saved and is_rank_0():
             print(printable(f'{key}: {saved!r} -> {config[key]!r}'))
     return config, checkpoint
 
@@ -728,8 +745,9 @@ def keep_old_file(path, keep):
 def save_checkpoint(out_dir, checkpoint, name='ckpt.pt', final=True):
     """
     Write out_dir/name so that a crash at any moment leaves a complete checkpoint; the ckpt.pt
-    before it is kept as ckpt_prev.pt. On a full disk the old one stays: OSError, or a warning if
-    this is not the final save. ValueError, and nothing is written, if a weight is not finite.
+    before it, if it is intact, is kept as ckpt_prev.pt. On a full disk the old one stays: OSError,
+    or a warning if this is not the final save. ValueError, and nothing is written, if a weight is
+    not finite.
     """
     # A model that has diverged must not replace a good one.
     tensors = checkpoint['model'] | checkpoint.get('policy', {})  # in PPO with the value head
@@ -738,11 +756,13 @@ def save_checkpoint(out_dir, checkpoint, name='ckpt.pt', final=True):
             raise ValueError(f"step {checkpoint['step']}: {key} has values that are not finite, so "
                              f'nothing is saved; the last checkpoint in {out_dir} is kept')
     path = os.path.join(out_dir, name)
-    keep = os.path.join(out_dir, 'ckpt_prev.pt') if name == 'ckpt.pt' else None
+    keep = None
+    if name == 'ckpt.pt' and is_intact(path):  # a damaged one must not replace a good ckpt_prev.pt
+        keep = os.path.join(out_dir, 'ckpt_prev.pt')
     try:
         os.makedirs(out_dir, exist_ok=True)
         with write_atomically(path, keep) as f:
-            torch.save(checkpoint, f)
+            torch.save(checkpoint | {'run_id': torchrun_id()}, f)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         weights = sum(tensor.nbytes for tensor in checkpoint['model'].values())
         text = (f'{path} could not be saved; about {3 * weights:,} bytes are needed for weights '
@@ -750,6 +770,15 @@ def save_checkpoint(out_dir, checkpoint, name='ckpt.pt', final=True):
         if final:
             raise OSError(text) from error
         print('warning:', text)
+
+
+def is_intact(path):
+    """Whether the file at `path` is a zip archive, as a checkpoint is, with the right checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # missing, or damaged in one of many ways
+        return False
 
 
 def load_checkpoint(path, name='ckpt.pt'):
@@ -770,7 +799,8 @@ def load_checkpoint(path, name='ckpt.pt'):
         if not os.path.exists(previous):
             raise
         checkpoint = read_checkpoint(previous)
-        print(f"{error}; loading {previous}, step {checkpoint['step']}")
+        if is_rank_0():
+            print(f"{error}; loading {previous}, step {checkpoint['step']}", flush=True)
         return checkpoint
 
 
@@ -888,7 +918,8 @@ def lock_run_folder(out_dir):
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        with open(holder, encoding='utf-8') as f:
+        process = 'unknown'  # it has not written its number yet
+        with contextlib.suppress(OSError), open(holder, encoding='utf-8') as f:
             process = one_line(f.read())
         raise ValueError(f'{out_dir}: process {process} is using this folder; wait for its end, or '
                          'give another out_dir') from None
@@ -1011,6 +1042,16 @@ class Logger:
         self.lock.release()
 
 
+def is_record(value):
+    """Whether a value has the form of what Logger writes: figures of a step, or the final ones."""
+    if not isinstance(value, dict):
+        return False
+    if value.keys() == {'final'}:
+        return isinstance(value['final'], dict)
+    figures = [figure for figure in value.values() if figure is not None]
+    return type(value.get('step')) is int and all(isinstance(x, (int, float)) for x in figures)
+
+
 def read_log(out_dir):
     """The records of out_dir/log.jsonl. Lines that are not records, such as a last line that a
     crash cut short, are skipped."""
@@ -1024,6 +1065,6 @@ def read_log(out_dir):
                 record = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(record, dict):
+            if is_record(record):
                 records.append(record)
     return records

@@ -35,7 +35,7 @@ import torch.nn as nn
 
 from assets.draw import draw_curves
 from data.examples import endless_order, load_examples, load_function, load_gold
-from data.pretrained import load_chat_model, load_reward_model, restore_weights
+from data.pretrained import check_not_moved, load_chat_model, load_reward_model, restore_weights
 from model import ScalarHead, last_of_each_row, skip_idle_experts, widest_float
 from sample import (answer, best_of_n, encode_prompts, exact_match, fast_decoding, pad_left,
                     prompt_limit)
@@ -549,6 +549,8 @@ if __name__ == '__main__':
         raise ValueError('reference_dir is for a resumed run; a new one starts from init_from')
     # The model that the run started from, also on resume, where resume() has restored init_from.
     source = reference_dir or init_from
+    if checkpoint:
+        check_not_moved(source)
     first_step = checkpoint.get('step', 0)
     if '.py:' not in reward:  # FILE.py:function is checked when it is loaded
         check_choice(config, 'reward', ('model', 'gold', 'FILE.py:function'))

@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from assets.draw import draw_curves
 from data.examples import endless_order, grouped_order, load_examples, load_gold
-from data.pretrained import load_chat_model, restore_weights
+from data.pretrained import check_not_moved, load_chat_model, restore_weights
 from model import GPT, RewardModel, evaluation_mode, skip_idle_experts
 from sample import encode_prompts, fast_decoding, pad_left, render_response
 
@@ -516,6 +516,8 @@ if __name__ == '__main__':
     if reference_dir and not checkpoint:
         raise ValueError('reference_dir is for a resumed run; a new one starts from init_from')
     source = reference_dir or init_from
+    if checkpoint:
+        check_not_moved(source)
     first_step = checkpoint.get('step', 0)
     check_choice(config, 'loss', ('bt', 'margin', 'bt_margin', 'dpo'))
     if loss == 'dpo' and not causal:

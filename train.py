@@ -17,9 +17,9 @@ from dataclasses import asdict
 
 # configurator comes first: it answers --help before torch is loaded
 from configurator import (Logger, StopSignal, check_divisible, configure, divergence_error,
-                          generator_for, must_skip, parallel, peak_flops, peak_memory_mb,
-                          printable, read_checkpoint, restore_optimizers, resume, save_checkpoint,
-                          schedule_factor, seed_for, start_run, sum_over_ranks)
+                          generator_for, is_rank_0, must_skip, parallel, peak_flops,
+                          peak_memory_mb, printable, read_checkpoint, restore_optimizers, resume,
+                          save_checkpoint, schedule_factor, seed_for, start_run, sum_over_ranks)
 import numpy as np
 import torch
 
@@ -204,7 +204,8 @@ def find_best_val_loss(out_dir, checkpoint):
         try:
             best_val_loss = min(best_val_loss, read_checkpoint(path).get('best_val_loss', math.inf))
         except ValueError as error:
-            print(f'{error}; ignored')
+            if is_rank_0():
+                print(f'{error}; ignored')
     return best_val_loss
 
 
@@ -324,7 +325,9 @@ if __name__ == '__main__':
             # The best model is chosen by the same batches throughout; the last figure of a run is
             # of the whole validation set.
             val_loss = evaluate(model, val_data, block_size, batch_size, run, eval_iters)
-            is_best = val_loss < best_val_loss and not eval_only
+            # An equal loss is that of this step, if the run was killed after ckpt_best.pt was saved
+            # and before ckpt.pt was.
+            is_best = val_loss <= best_val_loss and not eval_only
             if is_best:
                 best_val_loss = val_loss
                 saved_step = step

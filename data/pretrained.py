@@ -25,7 +25,7 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to find these when run as a script
 from bpe import SPECIAL_TOKENS, Tokenizer, chat_format, chat_template
-from configurator import configure, load_checkpoint, seed_for, write_atomically
+from configurator import configure, is_rank_0, load_checkpoint, seed_for, write_atomically
 from model import GPT, GPTConfig, RewardModel
 
 # ----- The families of published models
@@ -1012,6 +1012,13 @@ def resize_vocab(model, n, n_real=None):
     return model
 
 
+def check_not_moved(source):
+    """ValueError if the run folder that a resumed run started from, and still needs, is missing."""
+    if is_run(source, None) and not os.path.exists(source):
+        raise ValueError(f'{source}: the model that this run started from is not there; if it was '
+                         'moved, name its folder by --reference_dir')
+
+
 def load_chat_model(source, config):
     """load_model for the stages after pretraining: with a chat format, its own or ours, and without
     dropout unless `config` has it. 'scratch' is a model of bytes.
@@ -1056,7 +1063,7 @@ def load_reward_model(folder, tok):
         raise ValueError(f'{folder}: the reward model has another tokenizer than the policy; train '
                          'both from one base model')
     is_normalised = model.scale != 1 or model.shift != 0
-    if not is_normalised and os.environ.get('RANK', '0') == '0':
+    if not is_normalised and is_rank_0():
         print(f'{folder}: saved before its run ended, so its scores are not normalised; to finish '
               f'the run: python reward.py --init_from=resume --out_dir={folder}')
     return model.eval()

@@ -19,8 +19,10 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)  # tests import the scripts from the root of the project
 
-# On a busy machine several threads wait for each other, which is slow.
+# On a busy machine several threads wait for each other, which is slow. Torch reads this when it is
+# imported.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+import torch
 
 
 def pytest_configure(config):
@@ -106,6 +108,35 @@ def one_line(result):
     assert 'Traceback' not in result.stderr, result.stderr
     assert len(result.stderr.splitlines()) == 1, result.stderr
     return result.stderr
+
+
+def process_of_rank(rank, torchrun):
+    """The process id of a rank, a child of the process torchrun."""
+    with open(f'/proc/{torchrun}/task/{torchrun}/children') as f:
+        children = f.read().split()
+    for pid in children:
+        with open(f'/proc/{pid}/environ') as f:
+            if f'RANK={rank}' in f.read().split('\0'):
+                return int(pid)
+
+
+def same(a, b):
+    """Whether two nested structures are equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return a == b
+
+
+# What damage may leave in a log.jsonl: lines that are not text, not JSON, or not records.
+DAMAGED_LINES = b'\n'.join([
+    b'\xff\xfe', b'\x00\x00', b'[' * 100_000, b'{"a":' * 100_000, b'9' * 5000, b'[1, 2]', b'3', b'{}',
+    b'{"loss": 3.0}', b'{"step": "x"}', b'{"step": null, "loss": 1.0}', b'{"step": [1], "loss": 1.0}',
+    b'{"step": 1.5, "loss": 1.0}', b'{"step": 0, "loss": "x"}', b'{"step": 0, "loss": [2]}',
+    b'{"step": NaN}', b'{"step": 0, "final": {"loss": 2.0}}', b'{"final": 3}', b''])
 
 
 def flags(settings={}, **more):
@@ -211,7 +242,6 @@ def letters_data(tmp_path_factory):
 @pytest.fixture(scope='session')
 def small_base(tmp_path_factory):
     """The run folder of an untrained model of byte tokens."""
-    import torch
     from bpe import Tokenizer
     from configurator import save_checkpoint
     from model import GPT, GPTConfig

@@ -39,7 +39,7 @@ from configurator import (Logger, StopSignal, check_choice, check_divisible, con
                           print_help, read_log, read_settings, restore_optimizers, resume,
                           save_checkpoint, schedule_factor, seed_for, start_run, start_wandb,
                           write_atomically)
-from conftest import ROOT, call, finish, ok, one_line, start
+from conftest import DAMAGED_LINES, ROOT, call, finish, ok, one_line, start
 
 # -----------------------------------------------------------------------------
 # All files: doctests and imports
@@ -652,6 +652,36 @@ def test_a_run_restarted_by_torchrun_is_resumed_if_it_has_a_checkpoint(
     assert checkpoint['step'] == 3 and resumed['init_from'] == 'out/sft'
 
 
+def test_a_restart_by_torchrun_does_not_continue_an_older_run_in_the_folder(
+        run_configure, monkeypatch, tmp_path):
+    checkpoint = {'model': {}, 'model_args': {}, 'step': 3, 'config': {'n_layer': 8}}
+    for run_id in ('first', 'second'):
+        monkeypatch.setenv('TORCHELASTIC_RUN_ID', run_id)
+        save_checkpoint(str(tmp_path / run_id), checkpoint)
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
+    config, overrides = run_configure()
+    config.update(init_from='scratch', out_dir=str(tmp_path / 'first'))
+    assert resume(config, overrides, set()) == (config, {})
+    config.update(out_dir=str(tmp_path / 'second'))
+    assert resume(config, overrides, set())[1]['step'] == 3
+    # On the command line a user may choose any run.
+    config.update(init_from='resume', out_dir=str(tmp_path / 'first'))
+    assert resume(config, overrides, set())[1]['step'] == 3
+
+
+def test_a_run_is_not_resumed_while_a_process_may_still_save_a_later_checkpoint(
+        run_configure, saved_run):
+    logger = Logger(saved_run, {}, step=3)
+    config, overrides = run_configure()
+    config.update(init_from='resume', out_dir=saved_run)
+    with pytest.raises(ValueError, match=f'{saved_run}: process {os.getpid()} .* is using this '):
+        resume(config, overrides, set())
+    for reader in ('eval_only', 'check'):  # these change nothing in the folder
+        assert resume(config | {reader: True}, overrides, set())[1]['step'] == 3
+    logger.lock.release()
+    assert resume(config, overrides, set())[1]['step'] == 3
+
+
 @pytest.mark.parametrize('stage, made_by', [('sft', 'sft.py'), ('dpo', 'reward.py')])
 def test_a_run_is_resumed_only_by_the_script_that_made_it(
         run_configure, tmp_path, stage, made_by):
@@ -1122,6 +1152,23 @@ def test_without_hard_links_the_checkpoint_before_is_kept_too(tmp_path, monkeypa
     assert sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'ckpt_prev.pt']
 
 
+@pytest.mark.parametrize('how', ['truncated', 'flipped bit', 'empty', 'missing'])
+def test_a_damaged_checkpoint_does_not_replace_the_intact_one_before_it(
+        tmp_path, monkeypatch, how):
+    damage(save_twice(tmp_path) / 'ckpt.pt', how)
+    replace = os.replace
+    steps = []  # of what can be loaded after each renaming of a file
+
+    def replace_and_look(source, target):
+        replace(source, target)
+        steps.append(load_checkpoint(tmp_path)['step'])
+
+    monkeypatch.setattr(os, 'replace', replace_and_look)
+    save_checkpoint(tmp_path, checkpoint_of(3))
+    assert steps == [3]
+    assert load_checkpoint(tmp_path / 'ckpt_prev.pt')['step'] == 1
+
+
 def test_a_file_written_atomically_appears_only_when_it_is_complete(tmp_path):
     path = tmp_path / 'a.bin'
     path.write_bytes(b'old')
@@ -1205,6 +1252,13 @@ def damage(path, how):
     elif how == 'empty':
         content.clear()
     path.write_bytes(content)
+
+
+def test_only_rank_0_prints_that_another_checkpoint_is_loaded(tmp_path, monkeypatch, capsys):
+    damage(save_twice(tmp_path) / 'ckpt.pt', 'truncated')
+    monkeypatch.setenv('RANK', '1')
+    assert load_checkpoint(tmp_path)['step'] == 1
+    assert capsys.readouterr().out == ''
 
 
 @pytest.mark.parametrize('how', ['truncated', 'flipped bit', 'empty', 'missing'])
@@ -1444,10 +1498,11 @@ def test_a_resumed_run_drops_the_lines_that_it_will_write_again(tmp_path):
 
 
 def test_damaged_lines_of_a_log_are_skipped(tmp_path):
-    content = (b'{"step": 0, "loss": 4.0}\n' + b'\xff\xfe\n' + b'[1, 2]\n' + b'[' * 100_000 + b'\n'
-               + b'{"step": 1, "loss": 3.0}\n' + b'{"step": 2, "lo')
-    (tmp_path / 'log.jsonl').write_bytes(content)
-    assert read_log(str(tmp_path)) == [{'step': 0, 'loss': 4.0}, {'step': 1, 'loss': 3.0}]
+    (tmp_path / 'log.jsonl').write_bytes(DAMAGED_LINES + b'{"step": 0, "loss": 4.0}\n'
+                                         + DAMAGED_LINES + b'{"step": 1, "loss": null}\n'
+                                         + b'{"final": {"loss": 2.0}}\n{"step": 2, "lo')
+    assert read_log(str(tmp_path)) == [{'step': 0, 'loss': 4.0}, {'step': 1, 'loss': None},
+                                       {'final': {'loss': 2.0}}]
     assert read_log(str(tmp_path / 'missing')) == []
 
 
@@ -1491,7 +1546,11 @@ def test_one_process_at_a_time_holds_a_folder_and_the_other_is_told_which(tmp_pa
     finish(process)
     logger = Logger(str(tmp_path), {})  # a killed process no longer holds it
     logger.final({})
-    Logger(str(tmp_path), {}, step=0)  # nor does a run that has ended
+    other = Logger(str(tmp_path), {}, step=0)  # nor does a run that has ended
+    os.remove(tmp_path / 'run.pid')  # as if it had not written its number yet
+    with pytest.raises(ValueError, match=f'{tmp_path}: process unknown is using this folder'):
+        Logger(str(tmp_path), {})
+    other.lock.release()
 
 
 def test_ranks_other_than_rank_0_neither_print_nor_write(tmp_path, capsys):

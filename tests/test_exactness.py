@@ -17,9 +17,11 @@ import configurator
 import ppo
 import reward
 import sample
+from assets.draw import collect_curves
 from bpe import Tokenizer
 from configurator import load_checkpoint, read_log, save_checkpoint
-from conftest import CPU, TINY, call, finish, flags, ok, one_line, start, with_checker
+from conftest import (CPU, DAMAGED_LINES, TINY, call, finish, flags, ok, one_line, same, start,
+                      with_checker)
 from model import GPT, GPTConfig, MoE, RewardModel, skip_idle_experts
 
 tok = Tokenizer.byte()
@@ -64,17 +66,6 @@ def run_stage(dataset, letters_data, small_base):
 def records_of(folder):
     """The records of a run's log."""
     return read_log(str(folder))
-
-
-def same(a, b):
-    """Whether two nested structures are equal, tensors bit for bit."""
-    if torch.is_tensor(a):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def small_gpt(**more):
@@ -482,3 +473,25 @@ def test_there_is_no_warning_if_the_responses_end(letters_data, small_sft, tmp_p
     settings = dict(STAGES['ppo'], **with_checker(letters_data), init_from=small_sft.folder,
                     out_dir=tmp_path, max_iters=1, max_new_tokens=8)
     assert 'of the responses ended within' not in ok(call('ppo.py', *flags(settings)))
+
+
+# -----------------------------------------------------------------------------
+# Damage
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_a_damaged_log_does_not_stop_a_resumed_run_and_its_records_are_kept(
+        stage, run_stage, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr('assets.draw.draw_curves',
+                        lambda folders, path: drawn.append(collect_curves(folders, folders)))
+    ok(run_stage(stage, tmp_path, max_iters=2))
+    before = [record for record in records_of(tmp_path) if record.get('step', 2) < 2]
+    assert len(before) >= 2
+    log = tmp_path / 'log.jsonl'
+    log.write_bytes(DAMAGED_LINES + log.read_bytes() + DAMAGED_LINES)
+    ok(run_stage(stage, tmp_path, init_from='resume', max_iters=3))
+    after = records_of(tmp_path)
+    assert after[:len(before)] == before
+    assert 'final' in after[-1] and after[-2]['step'] >= 2
+    assert len(log.read_bytes().splitlines()) == len(after)  # the damage is gone
+    assert drawn[-1]

@@ -26,7 +26,8 @@ import data.dataset
 import train
 from bpe import Tokenizer
 from configurator import generator_for, load_checkpoint, read_log
-from conftest import CPU, ROOT, TINY, call, finish, flags, ok, one_line, start, story
+from conftest import (CPU, ROOT, TINY, call, finish, flags, ok, one_line, process_of_rank, same,
+                      start, story)
 from data.dataset import load_dataset
 from data.pretrained import load_model
 
@@ -130,17 +131,6 @@ def values_of(folder, metric):
 def final_of(folder):
     """The final figures of a run, which are the last line of its log."""
     return read_log(str(folder))[-1]['final']
-
-
-def same(a, b):
-    """Whether two nested structures are equal to the last bit."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
-    return a == b
 
 
 def state_of(folder):
@@ -402,11 +392,20 @@ def test_a_resumed_run_that_gets_worse_does_not_replace_the_best_model(dataset, 
     assert load_checkpoint(str(tmp_path / 'ckpt_best.pt'))['step'] == 5
 
 
+def test_a_run_killed_between_its_two_saves_of_the_best_model_saves_it_again(dataset, tmp_path):
+    run_train(tmp_path, dataset, max_iters=6, eval_interval=3, always_save_checkpoint=False)
+    expected = state_of(tmp_path)
+    assert expected['step'] == 6 and expected['best_val_loss'] < math.inf
+    os.replace(tmp_path / 'ckpt_prev.pt', tmp_path / 'ckpt.pt')  # ckpt_best.pt is of step 6
+    resume_train(tmp_path)
+    assert same(state_of(tmp_path), expected)
+
+
 def test_a_damaged_best_model_does_not_stop_a_resumed_run(dataset, tmp_path):
     run_train(tmp_path, dataset, max_iters=1)
     os.truncate(tmp_path / 'ckpt_best.pt', 1000)
     printed = resume_train(tmp_path, max_iters=2)
-    assert f'{tmp_path}/ckpt_best.pt: damaged' in printed
+    assert printed.count(f'{tmp_path}/ckpt_best.pt: damaged') == 1
     assert load_checkpoint(str(tmp_path))['step'] == 2
 
 
@@ -707,16 +706,6 @@ def test_a_model_with_weights_that_are_not_finite_is_not_trained(full, dataset, 
 
 # -----------------------------------------------------------------------------
 # Ranks
-
-def process_of_rank(rank, torchrun):
-    """The process id of a rank, a child of the process torchrun."""
-    with open(f'/proc/{torchrun}/task/{torchrun}/children') as f:
-        children = f.read().split()
-    for pid in children:
-        with open(f'/proc/{pid}/environ') as f:
-            if f'RANK={rank}' in f.read().split('\0'):
-                return int(pid)
-
 
 def test_two_ranks_train_as_one_does_through_a_kill_a_stop_and_a_resume_on_one_rank(
         one_rank, unprepared_in_project, tmp_path):
