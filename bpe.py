@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import regex
 import tiktoken
 
-from configurator import configure, write_atomically
+from configurator import configure, printable, write_atomically
 
 # The special tokens of our own chat format and data files, in the order of their ids.
 SPECIAL_TOKENS = ('<|endoftext|>', '<|user|>', '<|assistant|>', '<|end|>', '<|pad|>')
@@ -37,8 +37,9 @@ SPECIAL_TOKENS = ('<|endoftext|>', '<|user|>', '<|assistant|>', '<|end|>', '<|pa
 END_OF_TEXT_NAMES = ('<|end_of_text|>', '<eos>', '<｜end▁of▁sentence｜>', '</s>',
                      '<|endoftext|>')
 
-# No published vocabulary has a tenth of this. A larger id would only allocate a huge embedding.
-MAX_VOCAB_SIZE = 10_000_000
+# No published vocabulary has a tenth as many ids without a token. More of them would only allocate
+# a huge embedding.
+MAX_UNUSED_IDS = 100_000
 
 # The names that get_tokenizer knows. Anything else is the path of a tokenizer.json.
 NAMED_TOKENIZERS = ('byte', 'bpe', 'gpt2')
@@ -345,10 +346,11 @@ def check_content(content):
         vocab = {str(entry[0]): id for id, entry in enumerate(vocab)}
 
     # 2. Each name has one id, and each id one name.
+    limit = len(vocab) + len(added_tokens) + MAX_UNUSED_IDS
     id_of = dict(vocab)
     name_of = {}
     for name, id in vocab.items():
-        check_id(name, id)
+        check_id(name, id, limit)
         if id in name_of:
             raise ValueError(f'damaged: tokens {name_of[id]!r} and {name!r} have the same id {id}')
         name_of[id] = name
@@ -357,7 +359,7 @@ def check_content(content):
         id = token['id']
         if not isinstance(name, str) or not name:
             raise ValueError(f'damaged: an added token has the name {name!r}')
-        check_id(name, id)
+        check_id(name, id, limit)
         if name_of.get(id, name) != name:
             raise ValueError(f'damaged: the added token {name!r} has the id {id} of '
                              f'another token, {name_of[id]!r}')
@@ -366,11 +368,11 @@ def check_content(content):
         name_of[id] = name
         id_of[name] = id
 
-def check_id(name, id):
+def check_id(name, id, limit):
     """ValueError if this is not a possible token id. bool is a kind of int, but not an id."""
-    if type(id) is not int or not 0 <= id < MAX_VOCAB_SIZE:
+    if type(id) is not int or not 0 <= id < limit:
         raise ValueError(f'damaged: token {name!r} has the id {id!r}, which is not a whole number '
-                         f'from 0 to {MAX_VOCAB_SIZE - 1:,}')
+                         f'from 0 to {limit - 1:,}')
 
 # ----- Chat formats
 
@@ -1167,5 +1169,6 @@ if __name__ == '__main__':
     n_tokens = len(tokenizer.encode(text))
     n_shown = min(10, len(tokenizer.merges))
     first_tokens = [tokenizer.decode([256 + i]) for i in range(n_shown)]
-    print(f'{out}: {len(tokenizer.merges):,} merges from {n_bytes:,} bytes in {seconds:.1f} s, '
-          f'{n_bytes / n_tokens:.2f} bytes per token; first', first_tokens)
+    print(printable(f'{out}: {len(tokenizer.merges):,} merges from {n_bytes:,} bytes in '
+                    f'{seconds:.1f} s, {n_bytes / n_tokens:.2f} bytes per token; first '
+                    f'{first_tokens}'))

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -51,6 +52,10 @@ ABBREVIATIONS = {
     'iters': 'max_iters', 'wd': 'weight_decay', 'ctx': 'block_size', 'layers': 'n_layer',
     'heads': 'n_head', 'dim': 'n_embd', 'output_dir': 'out_dir', 'model': 'init_from',
 }
+
+# Settings that may name code to run, FILE.py:function, and their values that do not.
+CODE_SETTINGS = ('reward', 'gold')
+NO_CODE = ('', 'model', 'gold')
 
 # Ranges of settings. A value outside would invert or break training.
 AT_LEAST_ONE = (
@@ -292,8 +297,8 @@ def is_rank_0():
 
 
 def torchrun_id():
-    """The number that torchrun gave to the run, the same in a restart. None without torchrun."""
-    return os.environ.get('TORCHELASTIC_RUN_ID')
+    """The number that torchrun gave to the run, the same in a restart. '' without torchrun."""
+    return os.environ.get('TORCHELASTIC_RUN_ID', '')
 
 
 def resume(config, overrides, fixed):
@@ -303,7 +308,8 @@ def resume(config, overrides, fixed):
     With init_from='resume', or after a restart by torchrun, the checkpoint is the one in out_dir.
     The config then has the settings that the run was saved with, except those that this command
     line set; changes are printed. Its init_from is what the run first started from. ValueError if
-    this command line changes a setting in `fixed`, the names of those that cannot change.
+    this command line changes a setting in `fixed`, the names of those that cannot change, or if a
+    saved setting has another type, is out of range, or names code.
     """
     # 1. Is there something to resume?
     path = os.path.join(config['out_dir'], 'ckpt.pt')
@@ -318,7 +324,7 @@ def resume(config, overrides, fixed):
         lock_run_folder(config['out_dir']).release()
     checkpoint = load_checkpoint(config['out_dir'])
     # A restart continues only what this command of torchrun saved, not an older run in the folder.
-    if config['init_from'] != 'resume' and checkpoint.get('run_id') != torchrun_id():
+    if config['init_from'] != 'resume' and checkpoint.get('run_id', '') != torchrun_id():
         return config, {}
 
     # 2. It must be of the same stage.
@@ -335,13 +341,24 @@ def resume(config, overrides, fixed):
         if key not in config or key == 'out_dir':
             continue
         if key not in overrides or key == 'init_from':
-            config[key] = saved
+            config[key] = check_setting(path, key, saved, config)
         elif config[key] != saved and key in fixed:
             raise ValueError(f'{overrides[key]}: {key}={config[key]!r}, but the run to resume has '
                              f'{saved!r}, which cannot change; leave it out, or start a new run in '
                              'another out_dir')
         elif config[key] != saved and is_rank_0():
             print(printable(f'{key}: {saved!r} -> {config[key]!r}'))
+    try:
+        check_ranges(config)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
+
+    # 4. What code is run is decided by the command line, never by a checkpoint.
+    for key in CODE_SETTINGS:
+        if key not in overrides and config.get(key, '') not in NO_CODE:
+            raise ValueError(f'{path}: the run was started with --{key}={config[key]}. A '
+                             'checkpoint may come from somebody else, so code that it names is not '
+                             'run: give this setting again')
     return config, checkpoint
 
 
@@ -351,10 +368,11 @@ BIDI_CONTROLS = '\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2
 
 def printable(text):
     """The text without control characters, by which a model or a foreign file could drive the
-    terminal, and without changes of the direction of text."""
+    terminal, without changes of the direction of text, and without lone surrogates, which cannot be
+    printed. Whatever may come from a file or a folder is printed through this function."""
     kept = []
     for char in text:
-        is_control = unicodedata.category(char) == 'Cc' and char not in '\n\t'
+        is_control = unicodedata.category(char) in ('Cc', 'Cs') and char not in '\n\t'
         if not is_control and char not in BIDI_CONTROLS:
             kept.append(char)
     return ''.join(kept)
@@ -369,8 +387,8 @@ def one_line(text, width=100):
 def one_line_errors(kind, error, trace):
     """sys.excepthook: a mistake that a user can correct is one line; the rest keeps its
     traceback."""
-    # Messages of libraries may have several lines, and may quote foreign text.
-    text = printable(' '.join(str(error).split()))
+    # Messages of libraries may have several lines, and may quote foreign text of any length.
+    text = one_line(str(error), width=2000)
     out_of_memory = (issubclass(kind, (torch.OutOfMemoryError, MemoryError))
                      or 'not enough memory' in text or "can't allocate memory" in text)
     if issubclass(kind, ModuleNotFoundError):
@@ -412,6 +430,10 @@ def choose_device(setting):
         raise ValueError(f"device must be 'auto' or one of {', '.join(available)}; got {setting!r}")
     if not available[device_type]:
         return 'cpu', True
+    n_devices = torch.cuda.device_count() if device_type == 'cuda' else 1
+    if setting not in (device_type, *(f'{device_type}:{i}' for i in range(n_devices))):
+        raise ValueError(f"device {setting!r} does not exist; there are {n_devices} of type "
+                         f'{device_type!r}')
     return setting, False
 
 
@@ -673,34 +695,57 @@ def schedule_factor(step, config):
     return learning_rate_at(step, dict(config, learning_rate=peak)) / peak
 
 
+# What the optimizers keep of each parameter.
+ADAMW_STATE = ('step', 'exp_avg', 'exp_avg_sq')
+MUON_STATE = ('momentum_buffer',)
+
+
 def restore_optimizers(optimizers, checkpoint):
     """
-    Load the optimizers' state (moments and momentum) from a checkpoint, if it has some. Rates and
-    decay stay those of this run's settings. ValueError for a state of other shapes or types, which
-    could crash the optimizer.
+    Load the optimizers' state (moments and momentum) from a checkpoint; nothing happens if that is
+    empty. Rates and decay stay those of this run's settings. ValueError for state that these
+    optimizers did not save: other names, shapes or types could crash them.
     """
-    for optimizer, saved in zip(optimizers, checkpoint.get('optimizer', [])):
+    if not checkpoint:
+        return
+    saved_states = checkpoint.get('optimizer', [])
+    if len(saved_states) != len(optimizers):
+        raise ValueError(f'the checkpoint has the state of {len(saved_states)} optimizers, but '
+                         f'this run has {len(optimizers)}')
+    for optimizer, saved in zip(optimizers, saved_states):
+        if not isinstance(saved, dict) or not isinstance(saved.get('state'), dict):
+            raise ValueError("the checkpoint's optimizer state must be a dict of dicts")
         groups = optimizer.state_dict()['param_groups']
         parameters = [p for group in optimizer.param_groups for p in group['params']]
+        names = ADAMW_STATE if 'betas' in optimizer.defaults else MUON_STATE
         for index, state in saved['state'].items():
-            check_optimizer_state(index, state, parameters)
+            check_optimizer_state(index, state, parameters, names)
         optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
 
 
-def check_optimizer_state(index, state, parameters):
-    """ValueError unless `state` is what AdamW or Muon saves for the parameter number `index`."""
+def check_optimizer_state(index, state, parameters, names):
+    """ValueError unless `state` is what an optimizer saves under these names for the parameter
+    number `index`."""
     if type(index) is not int or not 0 <= index < len(parameters):
         raise ValueError(f'the checkpoint has optimizer state of a parameter {index!r}, but there '
                          f'are {len(parameters)}')
-    shape = parameters[index].shape
+    if not isinstance(state, dict) or set(state) != set(names):
+        raise ValueError(f'the optimizer state of parameter {index} in the checkpoint must have '
+                         f'{", ".join(names)}')
+    parameter = parameters[index]
     for name, value in state.items():
-        if name not in ('step', 'exp_avg', 'exp_avg_sq', 'momentum_buffer'):
-            raise ValueError(f'the checkpoint has an unknown optimizer state {name!r}')
-        expected = torch.Size() if name == 'step' else shape
-        is_float = isinstance(value, torch.Tensor) and value.dtype.is_floating_point
-        if not is_float or value.shape != expected:
+        shape = torch.Size() if name == 'step' else parameter.shape
+        dtype = torch.float32 if name == 'step' else parameter.dtype
+        # A tensor of another layout, or of overlapping rows, is not updated correctly.
+        is_plain = (isinstance(value, torch.Tensor) and value.layout == torch.strided
+                    and value.device.type == 'cpu' and value.is_contiguous())
+        if not is_plain or value.shape != shape or value.dtype != dtype:
             raise ValueError(f'the optimizer state {name!r} of parameter {index} in the checkpoint '
-                             f'must be a float tensor of shape {tuple(expected)}')
+                             f'must be a tensor of {dtype} and of shape {tuple(shape)}')
+        is_negative = name in ('step', 'exp_avg_sq') and (value < 0).any()
+        if is_negative or not torch.isfinite(value).all():
+            raise ValueError(f'the optimizer state {name!r} of parameter {index} in the checkpoint '
+                             'has impossible values')
 
 
 # -----------------------------------------------------------------------------
@@ -769,7 +814,7 @@ def save_checkpoint(out_dir, checkpoint, name='ckpt.pt', final=True):
                 f'and optimizer state, and the previous checkpoint is kept ({error})')
         if final:
             raise OSError(text) from error
-        print('warning:', text)
+        print(printable(f'warning: {text}'))
 
 
 def is_intact(path):
@@ -800,12 +845,61 @@ def load_checkpoint(path, name='ckpt.pt'):
             raise
         checkpoint = read_checkpoint(previous)
         if is_rank_0():
-            print(f"{error}; loading {previous}, step {checkpoint['step']}", flush=True)
+            print(printable(f"{error}; loading {previous}, step {checkpoint['step']}"), flush=True)
         return checkpoint
 
 
+# The entries of a checkpoint and their types; all checkpoints have the required ones.
+ENTRIES = {
+    'stage': str, 'step': int, 'model': dict, 'model_args': dict, 'config': dict, 'tokenizer': dict,
+    'eos_ids': list, 'optimizer': list, 'scaler': dict, 'best_val_loss': float, 'policy': dict,
+    'kl_coef': float, 'run_id': str,
+}
+REQUIRED_ENTRIES = ('step', 'model', 'model_args', 'config')
+SCALER_ENTRIES = {'scale', 'growth_factor', 'backoff_factor', 'growth_interval', '_growth_tracker'}
+
+
+def is_finite_number(value):
+    """True for an int or a float that float can hold; False for bool, NaN and infinity."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def check_entries(checkpoint):
+    """ValueError unless a checkpoint has the entries that this program saves. Weights, model_args,
+    tokenizer and optimizer state are checked by those who load them."""
+    # 1. names and types
+    if not isinstance(checkpoint, dict):
+        raise ValueError('not a nanoLLM checkpoint')
+    missing = [name for name in REQUIRED_ENTRIES if name not in checkpoint]
+    unexpected = [one_line(repr(name), 30) for name in checkpoint if name not in ENTRIES]
+    if missing or unexpected:
+        raise ValueError(f'not a nanoLLM checkpoint; missing: {", ".join(missing) or "nothing"}; '
+                         f'unexpected: {", ".join(unexpected[:5]) or "nothing"}')
+    for name, value in checkpoint.items():
+        if not isinstance(value, ENTRIES[name]) or isinstance(value, bool):
+            raise ValueError(f'not a nanoLLM checkpoint; {name} must be of type '
+                             f'{ENTRIES[name].__name__}')
+
+    # 2. values
+    if not 0 <= checkpoint['step'] < 2 ** 63:
+        raise ValueError(f"not a nanoLLM checkpoint; its step is {checkpoint['step']}")
+    if math.isnan(checkpoint.get('best_val_loss', 0)):
+        raise ValueError('not a nanoLLM checkpoint; best_val_loss is NaN')
+    if not 0 <= checkpoint.get('kl_coef', 0) < math.inf:
+        raise ValueError(f"not a nanoLLM checkpoint; kl_coef is {checkpoint['kl_coef']}")
+    for name, value in checkpoint['config'].items():
+        if not isinstance(name, str) or not isinstance(value, (bool, int, float, str, tuple)):
+            raise ValueError(f'not a nanoLLM checkpoint; its setting {one_line(repr(name), 30)} '
+                             f'has a value of type {type(value).__name__}')
+    scaler = checkpoint.get('scaler', {})  # it is empty unless the run is in float16
+    numbers = [value for value in scaler.values() if is_finite_number(value) and value >= 0]
+    if scaler and (set(scaler) != SCALER_ENTRIES or len(numbers) < len(scaler)):
+        raise ValueError('not a nanoLLM checkpoint; scaler is not the state of a gradient scaler')
+
+
 def read_checkpoint(path):
-    """The checkpoint file at `path`. Only tensors and primitives are read; nothing in it is run."""
+    """The checkpoint file at `path`. Only tensors and primitives are read; nothing in it is run.
+    ValueError if it is damaged, or not what this program saves."""
     if not os.path.exists(path):
         raise ValueError(f'{path}: no such checkpoint; train one, or name another folder')
     try:
@@ -819,12 +913,11 @@ def read_checkpoint(path):
                 raise ValueError(f'wrong checksum of {damaged}')
         # weights_only: no code in the file is run.
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        if not {'model', 'model_args', 'step', 'config'} <= checkpoint.keys():
-            raise ValueError('not a nanoLLM checkpoint')
+        check_entries(checkpoint)
         return checkpoint
     except Exception as error:
-        reason = ' '.join(str(error).split())[:100]
-        raise ValueError(f'{path}: damaged or foreign checkpoint ({reason})') from error
+        raise ValueError(f'{path}: damaged or foreign checkpoint '
+                         f'({one_line(str(error), 200)})') from error
 
 
 def move_old_run_aside(out_dir):
@@ -842,7 +935,7 @@ def move_old_run_aside(out_dir):
     os.mkdir(folder)
     for name in names:
         os.rename(os.path.join(out_dir, name), os.path.join(folder, name))
-    print(f'{out_dir} held another run, which is now in {folder}')
+    print(printable(f'{out_dir} held another run, which is now in {folder}'))
 
 
 # -----------------------------------------------------------------------------
@@ -885,8 +978,10 @@ class StopSignal:
                 os._exit(exit_code if stopping else 0)
         if stopping:
             script = os.path.basename(sys.argv[0])
-            print(f'stopped at step {step}; resume with: python {script} --init_from=resume '
-                  f'--out_dir={out_dir}')
+            # What names code must be given again, see resume().
+            code = [argument for argument in sys.argv if '.py:' in argument]
+            command = shlex.join([script, '--init_from=resume', f'--out_dir={out_dir}', *code])
+            print(printable(f'stopped at step {step}; resume with: python {command}'))
             sys.exit(exit_code)
 
 
@@ -997,7 +1092,7 @@ class Logger:
             with open(os.path.join(self.out_dir, 'log.jsonl'), 'a', encoding='utf-8') as f:
                 f.write(json.dumps(record) + '\n')
         except OSError as error:  # a full disk does not stop a run
-            print('warning: not logged:', error)
+            print(printable(f'warning: not logged: {error}'))
 
     def log(self, step, metrics):
         """Record {name: number} of a step. The loads of single experts, moe/..., are too many for
@@ -1018,7 +1113,7 @@ class Logger:
             if not name.startswith('moe/'):
                 columns.append(f'{name} {value:>10.0f}' if abs(value) >= 1000
                                else f'{name} {value:>10.5g}')
-        print(' | '.join(columns), flush=True)
+        print(printable(' | '.join(columns)), flush=True)
         if self.tensorboard:
             for name, value in metrics.items():
                 self.tensorboard.add_scalar(name, value, step)
@@ -1038,7 +1133,7 @@ class Logger:
             self.wandb.finish()
         texts = [f'{name} {value:,.4f}' if isinstance(value, float) else f'{name} {value}'
                  for name, value in figures.items()]
-        print('final:', ', '.join(texts))
+        print(printable(f"final: {', '.join(texts)}"))
         self.lock.release()
 
 
@@ -1046,10 +1141,14 @@ def is_record(value):
     """Whether a value has the form of what Logger writes: figures of a step, or the final ones."""
     if not isinstance(value, dict):
         return False
+    figures = value
     if value.keys() == {'final'}:
-        return isinstance(value['final'], dict)
-    figures = [figure for figure in value.values() if figure is not None]
-    return type(value.get('step')) is int and all(isinstance(x, (int, float)) for x in figures)
+        figures = value['final']
+    elif type(value.get('step')) is not int:
+        return False
+    if not isinstance(figures, dict):
+        return False
+    return all(figure is None or is_finite_number(figure) for figure in figures.values())
 
 
 def read_log(out_dir):

@@ -106,6 +106,16 @@ class GPTConfig:
             if getattr(self, name) < least:
                 raise ValueError(f'{name} must be at least {least}; got {getattr(self, name)}')
 
+        above_zero = ('norm_eps', 'rope_base', 'rope_factor', 'rope_low_freq_factor',
+                      'rope_high_freq_factor', 'rope_original_context')
+        for name in above_zero:
+            if not getattr(self, name) > 0:
+                raise ValueError(f'{name} must be above 0; got {getattr(self, name)}')
+        is_llama3 = self.rope_scaling == 'llama3'
+        if is_llama3 and self.rope_high_freq_factor <= self.rope_low_freq_factor:
+            raise ValueError(f'rope_high_freq_factor {self.rope_high_freq_factor} must be above '
+                             f'rope_low_freq_factor {self.rope_low_freq_factor}')
+
         # heads and positions
         if not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head} '
@@ -1061,6 +1071,9 @@ class GPT(nn.Module):
                 tokens = tokens[:, -c.block_size:]
             with evaluation_mode(self):
                 logits = self.next_logits(tokens, cache)
+            if not logits.isfinite().all():
+                raise ValueError('the logits of the model are not finite: its weights are damaged, '
+                                 'or its training has diverged')
             logits[:, suppress] = -math.inf
 
             # 2. choose it

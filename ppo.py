@@ -28,7 +28,7 @@ from dataclasses import asdict
 # configurator comes first: it answers --help before torch is loaded
 from configurator import (Logger, StopSignal, check_choice, check_divisible, configure,
                           generator_for, mean_over_ranks, must_skip, one_line, parallel,
-                          peak_memory_mb, restore_optimizers, resume, save_checkpoint,
+                          peak_memory_mb, printable, restore_optimizers, resume, save_checkpoint,
                           schedule_factor, start_run, sum_over_ranks)
 import torch
 import torch.nn as nn
@@ -654,8 +654,8 @@ if __name__ == '__main__':
     kl_coef_now = 0.0 if kl_control == 'none' else kl_coef
     if checkpoint:
         saved = checkpoint['config']
-        if saved['kl_control'] == kl_control and saved['kl_coef'] == kl_coef:
-            kl_coef_now = checkpoint['kl_coef']
+        if saved.get('kl_control') == kl_control and saved.get('kl_coef') == kl_coef:
+            kl_coef_now = checkpoint.get('kl_coef', kl_coef_now)
 
     began = time.perf_counter()
     last_time = began
@@ -860,7 +860,7 @@ if __name__ == '__main__':
     figures = final_figures(policy, reference, test_rows, test_prompt_ids, tok, scorer,
                             check_response, config, run)
     for name, value in figures.items():
-        print(f'    {name:28} {value:8.4f}')
+        print(printable(f'    {name:28} {value:8.4f}'))
     episodes = (step - first_step) * batch_size
     logger.final({**figures, 'episodes_per_second': episodes / max(train_seconds, 1e-9),
                   'rollout_share': rollout_seconds / max(train_seconds, 1e-9), 'seconds': seconds,

@@ -21,8 +21,8 @@ from dataclasses import asdict, replace
 # configurator comes first: it answers --help before torch is loaded
 from configurator import (Logger, StopSignal, check_choice, check_divisible, configure,
                           generator_for, mean_over_ranks, must_skip, parallel, peak_memory_mb,
-                          restore_optimizers, resume, save_checkpoint, schedule_factor, seed_for,
-                          start_run)
+                          printable, restore_optimizers, resume, save_checkpoint, schedule_factor,
+                          seed_for, start_run)
 import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -585,8 +585,9 @@ if __name__ == '__main__':
     stop = StopSignal()
     if run.is_master:
         n_epochs = max_iters * pairs_per_step / len(train_pairs)
-        print(f'{trunk.n_params():,} parameters; {dataset}: {len(train_pairs):,} + '
-              f'{len(val_pairs):,} pairs; {max_iters:,} steps are {n_epochs:,.1f} epochs')
+        print(printable(
+            f'{trunk.n_params():,} parameters; {dataset}: {len(train_pairs):,} + '
+            f'{len(val_pairs):,} pairs; {max_iters:,} steps are {n_epochs:,.1f} epochs'))
         if max_iters <= warmup_iters:
             print(f'warning: all steps are part of the warm-up (warmup_iters={warmup_iters}), so '
                   'little is learned; raise --max_iters')
@@ -712,7 +713,7 @@ if __name__ == '__main__':
     snapshot = make_checkpoint(step, model, trunk, optimizers, run.scaler, config, tok)
     save_checkpoint(out_dir, snapshot)
     for name, value in figures.items():
-        print(f'    {name:24} {value:8.4f}')
+        print(printable(f'    {name:24} {value:8.4f}'))
     logger.final({**figures, 'seconds': seconds, 'peak_memory_mb': peak_memory_mb(run.device_type),
                   'steps': step, 'parameters': trunk.n_params()})
     draw_curves([out_dir], os.path.join(out_dir, 'curves.png'))

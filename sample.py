@@ -391,7 +391,7 @@ def answer_file(model, tok, path, out, scorer, n, missing_end_score, batch_size,
             if isinstance(record, list):  # a bare list of messages
                 record = {'messages': record}
             f.write(json.dumps({**record, 'response': text}, ensure_ascii=False) + '\n')
-    print(f'{len(texts)} responses written to {out}')
+    print(printable(f'{len(texts)} responses written to {out}'))
 
 
 if __name__ == '__main__':

@@ -20,8 +20,8 @@ from dataclasses import asdict
 # configurator comes first: it answers --help before torch is loaded
 from configurator import (Logger, StopSignal, check_choice, check_divisible, configure,
                           generator_for, must_skip, one_line, parallel, peak_flops, peak_memory_mb,
-                          restore_optimizers, resume, save_checkpoint, schedule_factor, seed_for,
-                          start_run, sum_over_ranks)
+                          printable, restore_optimizers, resume, save_checkpoint, schedule_factor,
+                          seed_for, start_run, sum_over_ranks)
 import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -309,9 +309,10 @@ if __name__ == '__main__':
     machine_flops = peak_flops(run) * run.world_size
     if run.is_master:
         n_epochs = max_iters * sequences / len(train_examples)
-        print(f'{model.n_params():,} parameters; {dataset}: {len(train_examples):,} + '
-              f'{len(val_examples):,} examples; {tokens_per_step:,.0f} tokens per step; '
-              f'{max_iters:,} steps are {n_epochs:,.1f} epochs')
+        print(printable(
+            f'{model.n_params():,} parameters; {dataset}: {len(train_examples):,} + '
+            f'{len(val_examples):,} examples; {tokens_per_step:,.0f} tokens per step; '
+            f'{max_iters:,} steps are {n_epochs:,.1f} epochs'))
 
     began = time.perf_counter()
     last_time = began
@@ -414,7 +415,7 @@ if __name__ == '__main__':
                           generator_for(seed, 'test', device=run.device))
     figures['response_loss'] = response_loss(model, val_examples, batch_size, run)
     for name, value in figures.items():
-        print(f'    {name:24} {value:8.4f}')
+        print(printable(f'    {name:24} {value:8.4f}'))
     logger.final({**figures, 'seconds': seconds, 'peak_memory_mb': peak_memory_mb(run.device_type),
                   'steps': step, 'parameters': model.n_params()})
     draw_curves([log_dir], os.path.join(log_dir, 'curves.png'))

@@ -205,7 +205,7 @@ def find_best_val_loss(out_dir, checkpoint):
             best_val_loss = min(best_val_loss, read_checkpoint(path).get('best_val_loss', math.inf))
         except ValueError as error:
             if is_rank_0():
-                print(f'{error}; ignored')
+                print(printable(f'{error}; ignored'))
     return best_val_loss
 
 
@@ -281,12 +281,13 @@ if __name__ == '__main__':
     bytes_per_token = meta['val_bytes'] / meta['val_tokens']
     if run.is_master:
         tok.save(os.path.join(log_dir, 'tokenizer.json'))
-        print(f'{model.n_params():,} parameters; {dataset}, tokenizer {tokenizer_name}: '
-              f'{len(train_data):,} + {len(val_data):,} tokens of {bytes_per_token:.2f} bytes; '
-              f'{tokens_per_step:,} tokens per step')
+        print(printable(
+            f'{model.n_params():,} parameters; {dataset}, tokenizer {tokenizer_name}: '
+            f'{len(train_data):,} + {len(val_data):,} tokens of {bytes_per_token:.2f} bytes; '
+            f'{tokens_per_step:,} tokens per step'))
         if ignored_files:
-            print(f"the architecture of {' and '.join(ignored_files)} is ignored: {source} has "
-                  'its own')
+            print(printable(f"the architecture of {' and '.join(ignored_files)} is ignored: "
+                            f'{source} has its own'))
         problem = export_problem(model.config)
         if problem:
             print(f'this model cannot be exported: {problem}')

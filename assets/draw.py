@@ -173,11 +173,12 @@ def draw_curves(folders, path, labels=None, metrics='', first=0):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print(f'{path} not drawn: it needs pip install matplotlib')
+        print(printable(f'{path} not drawn: it needs pip install matplotlib'))
         return
     panels = collect_curves(folders, labels or folders, metrics, first)
     if not panels:
-        print(f'{path} not drawn: no {metrics or "metric"} is logged from step {first} on')
+        print(printable(
+            f'{path} not drawn: no {metrics or "metric"} is logged from step {first} on'))
         return
 
     # 1. Losses come first, then the other metrics by name.

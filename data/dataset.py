@@ -25,7 +25,7 @@ import numpy as np
 from filelock import FileLock
 
 from bpe import END_OF_TEXT_NAMES, NAMED_TOKENIZERS, REPORT_SECONDS, Tokenizer, get_tokenizer
-from configurator import write_atomically
+from configurator import printable, write_atomically
 
 DATA_FOLDER = os.path.dirname(os.path.abspath(__file__))
 
@@ -171,7 +171,7 @@ def write_dataset(folder, tokenizer, train, val, **about):
         file.write(json.dumps(meta, indent=1).encode())
 
     counts = [f'{key} {meta[key]:,}' for key in meta if key.endswith(('tokens', 'bytes'))]
-    print(folder, *counts, flush=True)
+    print(printable(f'{folder} {" ".join(counts)}'), flush=True)
 
 
 # ----- Prepare if missing
@@ -228,7 +228,7 @@ def prepare_if_missing(dataset, is_ready, settings=None):
         if is_ready():
             return
         arguments = [f'--{key}={value}' for key, value in (settings or {}).items()]
-        print(f'preparing data/{dataset}', *arguments, flush=True)
+        print(printable(f'preparing data/{dataset} {" ".join(arguments)}'), flush=True)
         result = subprocess.run([sys.executable, script, *arguments])
         if result.returncode != 0:
             raise ValueError(f'data/{dataset} could not be prepared, for the reason above')
@@ -239,7 +239,7 @@ def prepare_if_missing(dataset, is_ready, settings=None):
 
 def is_count(value):
     # bool is a subclass of int, so isinstance would accept true
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 < value < 2**63
 
 
 def is_text(value):
@@ -258,15 +258,15 @@ def check_meta(meta, path):
 
     # 1. The fields of the file, and of its object `tokenizer`.
     fields = {
-        'train_tokens': (is_count, 'a whole number, at least 0'),
-        'val_tokens': (is_count, 'a whole number, at least 0'),
-        'train_bytes': (is_count, 'a whole number, at least 0'),
-        'val_bytes': (is_count, 'a whole number, at least 0'),
+        'train_tokens': (is_count, 'a whole number, at least 1'),
+        'val_tokens': (is_count, 'a whole number, at least 1'),
+        'train_bytes': (is_count, 'a whole number, at least 1'),
+        'val_bytes': (is_count, 'a whole number, at least 1'),
     }
     tokenizer_fields = {
         'name': (is_text, 'text'),
         'fingerprint': (is_text, 'text'),
-        'vocab_size': (is_count, 'a whole number, at least 0'),
+        'vocab_size': (is_count, 'a whole number, at least 1'),
     }
     check_fields(meta, fields, path, '')
     if not isinstance(meta.get('tokenizer'), dict):

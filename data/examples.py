@@ -27,7 +27,7 @@ import re
 
 import torch
 
-from configurator import generator_for, write_atomically
+from configurator import generator_for, printable, write_atomically
 from data.dataset import dataset_folder, is_project_dataset, prepare_if_missing
 
 FORMATS = {
@@ -531,7 +531,8 @@ def to_examples(records, name, kind, skip_divergent=False):
         raise ValueError(f'{len(bad)} bad lines of {len(records)}: {shown}. '
                          f'Accepted formats: {FORMATS[kind]} (see data/README.md)')
     if skip_divergent and n_divergent:
-        print(f'{name}: skipped {n_divergent:,} pairs that differ before their last message')
+        print(printable(f'{name}: skipped {n_divergent:,} pairs that differ before their last '
+                        'message'))
     if not examples:
         raise ValueError(f'{name}: no examples')
     return examples
@@ -726,7 +727,7 @@ def write_examples(folder, files):
             for example in examples:
                 line = json.dumps(to_record(example), ensure_ascii=False) + '\n'
                 file.write(line.encode())
-        print(f'{path}: {len(examples):,} lines')
+        print(printable(f'{path}: {len(examples):,} lines'))
 
 
 # ----- Order

@@ -25,7 +25,8 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to find these when run as a script
 from bpe import SPECIAL_TOKENS, Tokenizer, chat_format, chat_template
-from configurator import configure, is_rank_0, load_checkpoint, seed_for, write_atomically
+from configurator import (configure, is_finite_number, is_rank_0, load_checkpoint, printable,
+                          seed_for, write_atomically)
 from model import GPT, GPTConfig, RewardModel
 
 # ----- The families of published models
@@ -163,11 +164,6 @@ def short(value):
     """repr of a value of a foreign file, short enough for an error message."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + '...'
-
-
-def is_finite_number(value):
-    """True for an int or a float that float can hold; False for bool, NaN and infinity."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def read_value(key, value, kind):
@@ -1064,8 +1060,9 @@ def load_reward_model(folder, tok):
                          'both from one base model')
     is_normalised = model.scale != 1 or model.shift != 0
     if not is_normalised and is_rank_0():
-        print(f'{folder}: saved before its run ended, so its scores are not normalised; to finish '
-              f'the run: python reward.py --init_from=resume --out_dir={folder}')
+        print(printable(f'{folder}: saved before its run ended, so its scores are not normalised; '
+                        'to finish the run: python reward.py --init_from=resume '
+                        f'--out_dir={folder}'))
     return model.eval()
 
 
@@ -1079,5 +1076,5 @@ if __name__ == '__main__':
         raise ValueError('give the run and the folder to write: --init_from=out/sft --out=FOLDER')
     model, tokenizer = load_model(init_from, {})
     save_pretrained(model, out, tokenizer)
-    print(f'{out}: {nearest_family(model.config)}, {model.n_params():,} parameters, '
-          f'{tokenizer.vocab_size:,} tokens')
+    print(printable(f'{out}: {nearest_family(model.config)}, {model.n_params():,} parameters, '
+                    f'{tokenizer.vocab_size:,} tokens'))

@@ -136,7 +136,9 @@ DAMAGED_LINES = b'\n'.join([
     b'\xff\xfe', b'\x00\x00', b'[' * 100_000, b'{"a":' * 100_000, b'9' * 5000, b'[1, 2]', b'3', b'{}',
     b'{"loss": 3.0}', b'{"step": "x"}', b'{"step": null, "loss": 1.0}', b'{"step": [1], "loss": 1.0}',
     b'{"step": 1.5, "loss": 1.0}', b'{"step": 0, "loss": "x"}', b'{"step": 0, "loss": [2]}',
-    b'{"step": NaN}', b'{"step": 0, "final": {"loss": 2.0}}', b'{"final": 3}', b''])
+    b'{"step": 0, "loss": true}', b'{"step": 0, "loss": 1' + b'0' * 400 + b'}',
+    b'{"final": {"loss": "low"}}', b'{"step": NaN}', b'{"step": 0, "final": {"loss": 2.0}}',
+    b'{"final": 3}', b''])
 
 
 def flags(settings={}, **more):
@@ -214,6 +216,11 @@ def with_checker(folder):
     """The settings of reward.py and ppo.py for a dataset whose checking function is in its
     checker.py. A dataset that is given by a path has none unless it is named."""
     return dict(dataset=folder, gold=f'{folder}/checker.py:gold')
+
+
+def checker_again(folder):
+    """The setting that a resumed run needs again, since no code is run because of a checkpoint."""
+    return {'gold': with_checker(folder)['gold']}
 
 
 @pytest.fixture(scope='session')

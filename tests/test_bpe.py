@@ -821,6 +821,7 @@ def test_impossible_ids_are_refused_by_name(trained, tmp_path):
         "'e' has the id nan": with_id(good, 'e', float('nan')),
         "'e' has the id -1": with_id(good, 'e', -1),
         "'e' has the id 70000000": with_id(good, 'e', 70_000_000),
+        "'e' has the id 100705, .* from 0 to 100,704": with_id(good, 'e', 100_705),
         "'e' has the id True": with_id(good, 'e', True),
         "'e' has the id '5'": with_id(good, 'e', '5'),
         "'e' has the id 1.0": with_id(good, 'e', 1.0),

@@ -33,12 +33,12 @@ import torch
 
 import configurator
 import train
-from configurator import (Logger, StopSignal, check_choice, check_divisible, configure,
-                          divergence_error, generator_for, learning_rate_at, load_checkpoint,
-                          must_skip, one_line_errors, parallel, peak_flops, peak_memory_mb,
-                          print_help, read_log, read_settings, restore_optimizers, resume,
-                          save_checkpoint, schedule_factor, seed_for, start_run, start_wandb,
-                          write_atomically)
+from configurator import (SCALER_ENTRIES, Logger, StopSignal, check_choice, check_divisible,
+                          configure, divergence_error, generator_for, learning_rate_at,
+                          load_checkpoint, must_skip, one_line_errors, parallel, peak_flops,
+                          peak_memory_mb, print_help, printable, read_log, read_settings,
+                          restore_optimizers, resume, save_checkpoint, schedule_factor, seed_for,
+                          start_run, start_wandb, write_atomically)
 from conftest import DAMAGED_LINES, ROOT, call, finish, ok, one_line, start
 
 # -----------------------------------------------------------------------------
@@ -530,6 +530,8 @@ def test_debug_shows_where_an_error_was_raised():
     (OSError(2, 'not there', 'x'), 2, "error: [Errno 2] not there: 'x'\n"),
     (ModuleNotFoundError("No module named 'wandb'", name='wandb'), 2,
      "error: No module named 'wandb': pip install wandb\n"),
+    (ValueError('x' * 10_000), 2, 'error: ' + 'x' * 1997 + '...\n'),
+    (ValueError('\x1b[2J\u202egnp.\x07exe'), 2, 'error: [2Jgnp.exe\n'),
     (KeyboardInterrupt(), 130, 'error: KeyboardInterrupt\n'),
     (torch.OutOfMemoryError('CUDA'), 2, 'error: out of memory: lower batch_size'),
     (RuntimeError('DefaultCPUAllocator: not enough memory: you tried'), 2,
@@ -542,6 +544,17 @@ def test_an_error_that_a_user_can_correct_is_printed_in_one_line(capsys, error, 
         one_line_errors(type(error), error, None)
     assert exit.value.code == status
     assert capsys.readouterr().err.startswith(printed)
+
+
+def test_what_is_printed_neither_drives_the_terminal_nor_hides_its_order_nor_fails():
+    text = ''.join(map(chr, range(sys.maxunicode + 1)))
+    printed = printable(text)
+    printed.encode()  # no lone surrogate
+    removed = set(text) - set(printed)
+    assert {'\x00', '\x07', '\x1b', '\r', '\x7f', '\x9b', '\u202e', '\u2066'} <= removed
+    kept = {'\n', '\t', '\u200d', '\ufe0f', 'é', 'ש', '王', '👍'}  # also what joins emoji
+    assert kept <= set(printed)
+    assert len(removed) == 2 ** 11 + 63 + 12  # surrogates, control characters, directions
 
 
 def test_an_internal_error_keeps_its_traceback(capsys):
@@ -682,6 +695,37 @@ def test_a_run_is_not_resumed_while_a_process_may_still_save_a_later_checkpoint(
     assert resume(config, overrides, set())[1]['step'] == 3
 
 
+@pytest.mark.parametrize('name, value, message', [
+    ('max_iters', 'many', "ckpt.pt: max_iters must be of type int, like 100; got 'many'"),
+    ('bias', 1, 'ckpt.pt: bias must be of type bool'),
+    ('seed', -1, 'ckpt.pt: seed must be at least 0; got -1'),
+    ('learning_rate', math.inf, 'ckpt.pt: learning_rate must be a finite number')])
+def test_a_saved_setting_of_another_type_or_out_of_range_is_refused(
+        run_configure, tmp_path, name, value, message):
+    folder = str(tmp_path)
+    save_checkpoint(folder, {'model': {}, 'model_args': {}, 'step': 3,
+                             'config': SAVED | {name: value}})
+    config, overrides = run_configure()
+    config.update(init_from='resume', out_dir=folder)
+    with pytest.raises(ValueError, match=message):
+        resume(config, overrides, set())
+
+
+@pytest.mark.parametrize('name', ['reward', 'gold'])
+def test_code_is_run_only_if_this_command_line_names_it(name, run_configure, tmp_path):
+    folder = str(tmp_path)
+    code = 'foreign.py:score'
+    save_checkpoint(folder, {'model': {}, 'model_args': {}, 'step': 3,
+                             'config': SAVED | {name: code}})
+    config, overrides = run_configure()
+    config.update(init_from='resume', out_dir=folder, **{name: ''})
+    with pytest.raises(ValueError, match=f'started with --{name}={code}.*give this setting again'):
+        resume(config, overrides, set())
+    config[name] = code
+    resumed, _ = resume(config, overrides | {name: f'--{name}={code}'}, set())
+    assert resumed[name] == code
+
+
 @pytest.mark.parametrize('stage, made_by', [('sft', 'sft.py'), ('dpo', 'reward.py')])
 def test_a_run_is_resumed_only_by_the_script_that_made_it(
         run_configure, tmp_path, stage, made_by):
@@ -754,10 +798,19 @@ def test_only_rank_0_prints_the_choice(machine, monkeypatch, capsys):
     assert capsys.readouterr().out == ''
 
 
+@pytest.mark.parametrize('device', ['cpu:', 'cpu:1', 'cpu:x', 'cuda:1', 'cuda:-1', 'cuda:x'])
+def test_a_device_that_does_not_exist_is_an_error(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    with pytest.raises(ValueError, match=f"device '{device}' does not exist; there are 1 of type"):
+        start_run(config_of(device=device))
+
+
 @pytest.mark.parametrize('key, value, allowed', [
     ('dtype', 'bf16', 'float32, bfloat16, float16'),
     ('device', 'gpu', 'cuda, mps, cpu'),
     ('device', True, 'cuda, mps, cpu'),
+    ('device', 'cpux', 'cuda, mps, cpu'),
     ('compile', 'yes', 'True, False')])
 def test_an_unknown_device_dtype_or_compile_is_an_error_that_lists_the_known_ones(
         key, value, allowed):
@@ -960,17 +1013,36 @@ def test_without_a_checkpoint_an_optimizer_keeps_its_state():
 
 
 @pytest.mark.parametrize('index, name, value, message', [
-    (0, 'exp_avg', torch.ones(4), "'exp_avg' of parameter 0 in the checkpoint must be a float"),
+    (0, 'exp_avg', torch.ones(4), r"'exp_avg' .* must be a tensor of torch.float32 and of shape"),
     (0, 'exp_avg', torch.ones(3, dtype=torch.long), "'exp_avg' of parameter 0"),
+    (0, 'exp_avg', torch.ones(3, dtype=torch.double), "'exp_avg' of parameter 0"),
+    (0, 'exp_avg', torch.ones(1).expand(3), "'exp_avg' of parameter 0"),
+    (0, 'exp_avg', torch.ones(3).to_sparse(), "'exp_avg' of parameter 0"),
+    (0, 'exp_avg', torch.ones(3, device='meta'), "'exp_avg' of parameter 0"),
     (0, 'exp_avg', 'text', "'exp_avg' of parameter 0"),
+    (0, 'exp_avg', torch.full((3,), math.nan), 'impossible values'),
+    (0, 'exp_avg_sq', -torch.ones(3), 'impossible values'),
+    (0, 'step', torch.tensor(-1.0), 'impossible values'),
     (0, 'step', torch.ones(3), "'step' of parameter 0"),
-    (0, 'other', torch.ones(3), "unknown optimizer state 'other'"),
-    (1, 'exp_avg', torch.ones(3), 'a parameter 1, but there are 1')])
+    (0, 'other', torch.ones(3), 'parameter 0 .* must have step, exp_avg, exp_avg_sq'),
+    (1, 'exp_avg', torch.ones(3), 'a parameter 1, but there are 1'),
+    ('0', 'exp_avg', torch.ones(3), "a parameter '0', but there are 1")])
 def test_optimizer_state_that_does_not_fit_is_refused(index, name, value, message):
     saved = adamw_of(lr=0.1).state_dict()
     saved['state'].setdefault(index, {})[name] = value
     with pytest.raises(ValueError, match=message):
         restore_optimizers([adamw_of(lr=0.1)], {'optimizer': [saved]})
+
+
+@pytest.mark.parametrize('saved_states, message', [
+    ([], 'the state of 0 optimizers, but this run has 1'),
+    (['text'], 'must be a dict of dicts'),
+    ([{'state': [], 'param_groups': []}], 'must be a dict of dicts'),
+    ([{'state': {0: {}}, 'param_groups': []}], 'must have step, exp_avg, exp_avg_sq'),
+    ([{'state': {0: {'momentum_buffer': torch.ones(3)}}}], 'must have step, exp_avg, exp_avg_sq')])
+def test_the_state_of_other_optimizers_is_refused(saved_states, message):
+    with pytest.raises(ValueError, match=message):
+        restore_optimizers([adamw_of(lr=0.1)], {'optimizer': saved_states})
 
 
 # -----------------------------------------------------------------------------
@@ -1335,6 +1407,41 @@ def test_a_checkpoint_of_another_program_is_refused(tmp_path):
     for name in ('nanogpt.pt', 'tensor.pt', 'text.pt'):
         with pytest.raises(ValueError, match=f'{name}: damaged or foreign'):
             load_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize('name, value, message', [
+    ('iter_num', 5, "missing: nothing; unexpected: 'iter_num'"),
+    (b'bytes', 5, "unexpected: b'bytes'"),
+    ('config', None, 'missing: config; unexpected: nothing'),
+    ('step', '3', 'step must be of type int'),
+    ('step', True, 'step must be of type int'),
+    ('step', -1, 'its step is -1'),
+    ('step', 10 ** 30, 'its step is 1000'),
+    ('model', torch.ones(3), 'model must be of type dict'),
+    ('optimizer', {'state': {}}, 'optimizer must be of type list'),
+    ('stage', ['sft'], 'stage must be of type str'),
+    ('kl_coef', math.nan, 'kl_coef is nan'),
+    ('best_val_loss', math.nan, 'best_val_loss is NaN'),
+    ('config', {'seed': [1]}, "its setting 'seed' has a value of type list"),
+    ('config', {1: 1}, 'its setting 1 has'),
+    ('scaler', {'scale': 1.0}, 'scaler is not the state'),
+    ('scaler', dict.fromkeys(SCALER_ENTRIES, 'x'), 'scaler is not the state')])
+def test_a_checkpoint_with_other_entries_is_refused_by_name(name, value, message, tmp_path):
+    checkpoint = {'model': {}, 'model_args': {}, 'step': 3, 'config': {}}
+    checkpoint[name] = value
+    if value is None:
+        del checkpoint[name]
+    torch.save(checkpoint, tmp_path / 'ckpt.pt')
+    with pytest.raises(ValueError, match=f'ckpt.pt: damaged or foreign checkpoint .*{message}'):
+        load_checkpoint(tmp_path)
+
+
+def test_a_gradient_scaler_saves_the_entries_that_are_accepted(tmp_path):
+    state = torch.amp.GradScaler('cpu').state_dict()
+    assert set(state) == SCALER_ENTRIES
+    save_checkpoint(str(tmp_path), {'model': {}, 'model_args': {}, 'step': 3, 'config': {},
+                                    'scaler': state, 'best_val_loss': math.inf})
+    assert load_checkpoint(str(tmp_path))['scaler'] == state
 
 
 def rewrite_zip(path, change, compression=zipfile.ZIP_STORED):

@@ -20,8 +20,8 @@ import sample
 from assets.draw import collect_curves
 from bpe import Tokenizer
 from configurator import load_checkpoint, read_log, save_checkpoint
-from conftest import (CPU, DAMAGED_LINES, TINY, call, finish, flags, ok, one_line, same, start,
-                      with_checker)
+from conftest import (CPU, DAMAGED_LINES, TINY, call, checker_again, finish, flags, ok, one_line,
+                      same, start, with_checker)
 from model import GPT, GPTConfig, MoE, RewardModel, skip_idle_experts
 
 tok = Tokenizer.byte()
@@ -51,6 +51,8 @@ def run_stage(dataset, letters_data, small_base):
     def run_stage(stage, folder, **more):
         script = stage.split(',')[0] + '.py'
         if more.get('init_from') == 'resume':
+            if stage in ('reward', 'ppo'):
+                more.update(checker_again(letters_data))
             return call(script, *flags(more, out_dir=folder))
         settings = dict(STAGES[stage], out_dir=folder)
         if stage == 'train':

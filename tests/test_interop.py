@@ -1147,10 +1147,10 @@ def test_the_same_checks_hold_for_a_reward_model(tmp_path, capsys):
             (weights(head__proj__bias=torch.ones(3)), r'head.proj.bias is \[3\] and should be \[1'),
             (without('shift'), 'missing weights: shift'),
             (weights(trunk__ln_f__weight=NAN), 'trunk.ln_f.weight has values that are not finite'),
-            (member(tokenizer=7), 'tokenizer must be a dict; got 7')]:
+            (member(tokenizer=7), 'tokenizer must be of type dict')]:
         with pytest.raises(ValueError, match=message) as error:
             load(change)
-        assert str(error.value).startswith(f'{tmp_path}: ')
+        assert str(error.value).startswith(str(tmp_path))
 
 
 def test_a_reward_model_is_not_a_model_to_start_from():

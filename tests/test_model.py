@@ -1264,6 +1264,16 @@ def test_a_stream_that_is_dropped_halfway_leaves_the_mode_of_the_model_unchanged
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
+@pytest.mark.parametrize('temperature', [0.0, 1.0])
+def test_nothing_is_generated_from_logits_that_are_not_finite(temperature):
+    model = small_gpt()
+    with torch.no_grad():
+        model.ln_f.weight.fill_(3e38)  # finite, but too large
+        model.wte.weight.mul_(100)
+    with pytest.raises(ValueError, match='the logits of the model are not finite'):
+        model.generate(some_ids(2, 3), 5, temperature=temperature)
+
+
 @pytest.mark.parametrize('training', [True, False])
 def test_generation_that_fails_leaves_the_mode_of_the_model_unchanged(training):
     model = small_gpt(dropout=0.5).train(training)
@@ -1632,6 +1642,8 @@ IMPOSSIBLE = [
     (dict(n_expert=2, n_expert_active=3), 'n_expert_active 3', 'n_expert 2'),
     (dict(n_expert=2, n_expert_active=0), 'n_expert_active 0', 'n_expert 2'),
     (dict(n_expert=2, moe_every=3), 'moe_every 3', 'n_layer 2'),
+    (dict(rope_scaling='llama3', rope_high_freq_factor=1.0), 'rope_high_freq_factor 1.0',
+     'rope_low_freq_factor 1.0'),
     (dict(n_shared_expert=1), 'n_shared_expert 1', 'n_expert 0'),
     (dict(n_expert=2, n_shared_expert=-1), 'n_shared_expert -1', 'n_expert 2'),
 ]
@@ -1641,6 +1653,9 @@ for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'moe_eve
     IMPOSSIBLE.append(({name: 0}, name, 'got 0'))
 for name in ('n_kv_head', 'head_dim', 'n_hidden', 'window', 'n_sink', 'n_expert'):
     IMPOSSIBLE.append(({name: -1}, name, 'got -1'))
+for name in ('norm_eps', 'rope_base', 'rope_factor', 'rope_low_freq_factor'):
+    IMPOSSIBLE.append(({name: 0.0}, name, 'must be above 0; got 0.0'))
+    IMPOSSIBLE.append(({name: math.nan}, name, 'must be above 0; got nan'))
 
 
 @pytest.mark.parametrize('flags, first, second', IMPOSSIBLE, ids=[str(i[0]) for i in IMPOSSIBLE])

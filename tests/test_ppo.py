@@ -16,7 +16,8 @@ import ppo
 import sample
 from bpe import Tokenizer
 from configurator import load_checkpoint, read_log, save_checkpoint
-from conftest import CPU, call, finish, flags, letters, ok, one_line, start, with_checker
+from conftest import (CPU, call, checker_again, finish, flags, letters, ok, one_line, start,
+                      with_checker)
 from data.examples import load_gold, read_examples
 from data.pretrained import load_chat_model, load_model, load_reward_model, save_pretrained
 from model import GPT, GPTConfig
@@ -537,7 +538,8 @@ def test_in_grpo_equal_scores_leave_only_the_kl_term_to_move_the_policy(letters_
     for kl_coef in (0.0, 1.0):
         run = tmp_path / str(kl_coef)
         save_checkpoint(str(run), checkpoint)
-        ok(call('ppo.py', *flags(init_from='resume', out_dir=run, max_iters=9, kl_coef=kl_coef)))
+        ok(call('ppo.py', *flags(init_from='resume', out_dir=run, max_iters=9, kl_coef=kl_coef,
+                                 **checker_again(letters_data))))
         logs[kl_coef] = iterations(run)
         policies[kl_coef] = load_checkpoint(str(run))['policy']
         assert [metrics['loss/policy'] for metrics in logs[kl_coef]] == [0] * 8
@@ -616,7 +618,7 @@ def test_a_resumed_run_continues_bit_for_bit(letters_data, small_sft, small_rewa
     ok(call('ppo.py', *settings, f'--out_dir={half}'))
     shutil.copyfile(half / 'ckpt_prev.pt', half / 'ckpt.pt')
     assert load_checkpoint(str(half))['step'] == 2
-    ok(call('ppo.py', '--init_from=resume', f'--out_dir={half}'))
+    ok(call('ppo.py', *flags(init_from='resume', out_dir=half, **checker_again(letters_data))))
     expected = load_checkpoint(str(whole))
     resumed = load_checkpoint(str(half))
     for name, weight in expected['policy'].items():
@@ -636,8 +638,8 @@ def test_a_resumed_run_keeps_its_kl_coefficient_unless_the_settings_change(lette
     for changes, expected in (([], saved), (['--kl_coef=0.7'], 0.7), (['--kl_control=none'], 0),
                               (['--kl_control=fixed'], 0.7)):
         max_iters += 1
-        ok(call('ppo.py', '--init_from=resume', f'--out_dir={tmp_path}',
-                f'--max_iters={max_iters}', *changes))
+        ok(call('ppo.py', *flags(init_from='resume', out_dir=tmp_path, max_iters=max_iters,
+                                 **checker_again(letters_data)), *changes))
         coefficient = iterations(tmp_path)[-1]['objective/kl_coef']
         assert coefficient == pytest.approx(expected), changes
 
@@ -655,7 +657,7 @@ def test_a_resumed_run_finds_its_reference_by_reference_dir_if_it_was_moved(lett
     (tmp_path / 'sft').rename(tmp_path / 'moved')
 
     # Without the setting the missing folder is named.
-    resume = ['--init_from=resume', f'--out_dir={half}']
+    resume = flags(init_from='resume', out_dir=half, **checker_again(letters_data))
     message = one_line(call('ppo.py', *resume))
     assert f'{tmp_path}/sft: ' in message and '--reference_dir' in message
     # With it the run ends with the same weights.

@@ -13,7 +13,8 @@ import torch
 import reward
 from bpe import Tokenizer
 from configurator import load_checkpoint, read_log, save_checkpoint
-from conftest import CPU, ROOT, call, finish, flags, letters, ok, one_line, start, with_checker
+from conftest import (CPU, ROOT, call, checker_again, finish, flags, letters, ok, one_line, start,
+                      with_checker)
 from data.examples import load_gold, read_examples
 from data.pretrained import load_reward_model
 from model import GPT, GPTConfig, RewardModel
@@ -541,7 +542,7 @@ def test_a_resumed_run_continues_bit_for_bit(letters_data, small_sft, tmp_path):
     assert expected['scale'] != 1
 
     # Resuming a run that has ended changes nothing.
-    ok(call('reward.py', '--init_from=resume', f'--out_dir={whole}'))
+    ok(call('reward.py', *flags(init_from='resume', out_dir=whole, **checker_again(letters_data))))
     for name, weight in weights(whole).items():
         assert torch.equal(weight, expected[name]), name
 
@@ -558,7 +559,7 @@ def test_a_resumed_run_continues_bit_for_bit(letters_data, small_sft, tmp_path):
     # Resumed from the checkpoint of step 2, the run ends with the same weights.
     shutil.copyfile(half / 'ckpt_prev.pt', half / 'ckpt.pt')
     assert load_checkpoint(str(half))['step'] == 2
-    ok(call('reward.py', '--init_from=resume', f'--out_dir={half}'))
+    ok(call('reward.py', *flags(init_from='resume', out_dir=half, **checker_again(letters_data))))
     resumed = weights(half)
     assert resumed.keys() == expected.keys()
     for name, weight in resumed.items():
@@ -579,7 +580,7 @@ def test_a_resumed_run_of_dpo_finds_its_reference_by_reference_dir_if_it_was_mov
     (tmp_path / 'sft').rename(tmp_path / 'moved')
 
     # Without the setting the missing folder is named; with it the run ends with the same weights.
-    resume = ['--init_from=resume', f'--out_dir={half}', '--max_iters=4']
+    resume = flags(init_from='resume', out_dir=half, max_iters=4, **checker_again(letters_data))
     message = one_line(call('reward.py', *resume))
     assert f'{tmp_path}/sft: ' in message and '--reference_dir' in message
     ok(call('reward.py', *resume, f'--reference_dir={tmp_path / "moved"}'))

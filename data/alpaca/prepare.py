@@ -21,7 +21,7 @@ from pathlib import Path
 
 here = Path(__file__).resolve().parent
 sys.path.insert(0, str(here.parents[1]))
-from configurator import configure
+from configurator import configure, printable
 from data.dataset import download
 from data.examples import (
     has_empty_text, held_out_prompts, read_records, split_examples, to_examples, write_examples,
@@ -69,7 +69,7 @@ def read(files):
         demonstrations = to_examples(with_output, source, 'sft')
     if with_pair:
         pairs = to_examples(with_pair, source, 'preference')
-    print(f'{source}: {len(demonstrations):,} demonstrations and {len(pairs):,} pairs')
+    print(printable(f'{source}: {len(demonstrations):,} demonstrations and {len(pairs):,} pairs'))
     return skip_empty(demonstrations), skip_empty(pairs)
 
 

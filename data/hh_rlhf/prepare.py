@@ -21,7 +21,7 @@ from pathlib import Path
 
 here = Path(__file__).resolve().parent
 sys.path.insert(0, str(here.parents[1]))
-from configurator import configure
+from configurator import configure, printable
 from data.dataset import download
 from data.examples import (
     has_empty_text, held_out_prompts, read_records, split_examples, to_examples, write_examples,
@@ -67,7 +67,8 @@ def read_pairs(name, data):
     records = read_records(data, name)
     pairs = to_examples(records, name, 'preference', skip_divergent=True)
     useful = [pair for pair in pairs if is_useful(pair)]
-    print(f'{name}: {len(records):,} pairs, skipped {len(records) - len(useful):,} of them')
+    n_skipped = len(records) - len(useful)
+    print(printable(f'{name}: {len(records):,} pairs, skipped {n_skipped:,} of them'))
     return useful
 
 
