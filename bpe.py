@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import regex
 import tiktoken
 
-from configurator import configure, printable, write_atomically
+from configurator import configure, errors_name_setting, printable, write_atomically
 
 # The special tokens of our own chat format and data files, in the order of their ids.
 SPECIAL_TOKENS = ('<|endoftext|>', '<|user|>', '<|assistant|>', '<|end|>', '<|pad|>')
@@ -1162,7 +1162,8 @@ if __name__ == '__main__':
     started = time.perf_counter()
     tokenizer = Tokenizer.train(text, vocab_size, pattern, verbose)
     seconds = time.perf_counter() - started
-    tokenizer.save(out)
+    with errors_name_setting('out', out):
+        tokenizer.save(out)
 
     # 2. Report how well it compresses the text, and what it learned first.
     n_bytes = len(text.encode())

@@ -72,6 +72,12 @@ AT_LEAST_ZERO = (
 AT_MOST_ONE = ('dropout', 'beta1', 'beta2', 'gamma', 'lam', 'top_p', 'curriculum_frac',
                'cooldown_frac')
 ABOVE_ZERO = ('kl_target', 'kl_horizon')
+# Counts that only a slip, or a foreign checkpoint, sets so high that they would fill the memory.
+AT_MOST_A_MILLION = (
+    'batch_size', 'minibatch_size', 'gradient_accumulation_steps', 'eval_iters', 'sample_tokens',
+    'max_new_tokens', 'test_draws', 'curriculum_stages', 'length_groups', 'best_of', 'num_samples',
+    'group_size', 'n_layer', 'n_expert', 'n_shared_expert')
+LARGEST = 3e38  # the largest number of float32, nearly
 
 # Settings that may be a path.
 PATHS = {'out_dir', 'init_from', 'reference_dir', 'reward_model', 'reward', 'gold', 'dataset',
@@ -221,8 +227,10 @@ def check_ranges(config, defaults):
     for key, value in config.items():
         if value == defaults[key]:
             continue  # a default is always allowed, such as 0 for a value that is computed
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f'{key} must be a finite number; got {value}')
+        if isinstance(value, float) and not abs(value) <= LARGEST:
+            raise ValueError(f'{key} must be a finite number of at most {LARGEST}; got {value}')
+        if key in AT_MOST_A_MILLION and value > 1_000_000:
+            raise ValueError(f'{key} must be at most 1,000,000; got {value}')
         if key in AT_LEAST_ONE and value < 1:
             raise ValueError(f'{key} must be at least 1; got {value}')
         if key in AT_LEAST_ZERO and value < 0:
@@ -336,7 +344,8 @@ def resume(config, overrides, fixed):
                          'it by --init_from')
 
     # 3. Its settings, unless this command line changes them.
-    config = dict(config)
+    given = config
+    config = dict(given)
     for key, saved in checkpoint['config'].items():
         if key not in config or key == 'out_dir':
             continue
@@ -349,7 +358,7 @@ def resume(config, overrides, fixed):
         elif config[key] != saved and is_rank_0():
             print(printable(f'{key}: {saved!r} -> {config[key]!r}'))
     try:
-        check_ranges(config)
+        check_ranges(config, given)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from error
 
@@ -752,6 +761,18 @@ def check_optimizer_state(index, state, parameters, names):
 # Checkpoints: plain dicts of tensors and primitives, never half-written, never run as code
 
 @contextlib.contextmanager
+def errors_name_setting(setting, path):
+    """An OSError, such as of a full disk, a read-only folder, or a file where a folder is expected,
+    names the setting that chose the path."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(f'{setting}={path} cannot be written ({reason}); give another {setting}, or '
+                      'make room there') from error
+
+
+@contextlib.contextmanager
 def write_atomically(path, keep=None):
     """
     A binary file that appears under its name only when it is complete and on the disk. Until then
@@ -811,7 +832,8 @@ def save_checkpoint(out_dir, checkpoint, name='ckpt.pt', final=True):
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         weights = sum(tensor.nbytes for tensor in checkpoint['model'].values())
         text = (f'{path} could not be saved; about {3 * weights:,} bytes are needed for weights '
-                f'and optimizer state, and the previous checkpoint is kept ({error})')
+                f'and optimizer state: make room there, or give another out_dir. The previous '
+                f'checkpoint is kept ({error})')
         if final:
             raise OSError(text) from error
         print(printable(f'warning: {text}'))
@@ -1065,8 +1087,9 @@ class Logger:
         if not is_master:
             return
         # 1. the folder: no other run may use it, and nothing saved is ever lost
-        os.makedirs(out_dir, exist_ok=True)
-        self.lock = lock_run_folder(out_dir)
+        with errors_name_setting('out_dir', out_dir):
+            os.makedirs(out_dir, exist_ok=True)
+            self.lock = lock_run_folder(out_dir)
         if step is None:
             move_old_run_aside(out_dir)
         for name in TEMPORARY_FILES:

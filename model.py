@@ -11,7 +11,7 @@ V  vocabulary                 E   experts
 """
 import contextlib
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -1013,16 +1013,18 @@ class GPT(nn.Module):
     def new_cache(self, batch_size, max_tokens=None):
         """An empty KVCache for batch_size rows. If max_tokens is known, the cache is no larger than
         that."""
-        window = self.config.window_size
+        config = self.config
+        window = config.window_size
         if max_tokens is not None:
             window = max(1, min(window, max_tokens))
+            config = replace(config, n_sink=min(config.n_sink, max_tokens))
         device = self.wte.weight.device
         dtype = self.wte.weight.dtype
         if device.type == 'cpu':
             dtype = torch.promote_types(dtype, torch.float32)  # as in Attention
         elif torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        return KVCache(self.config, window, batch_size, dtype, device)
+        return KVCache(config, window, batch_size, dtype, device)
 
     def next_logits(self, tokens, cache):
         """The logits (B, V) of the token after `tokens` (B, T), -1 = padding, in float32."""

@@ -19,8 +19,8 @@ import select
 import sys
 
 # configurator comes first: it answers --help before torch is loaded
-from configurator import (configure, generator_for, has_fast_bfloat16, load_checkpoint, printable,
-                          start_run)
+from configurator import (configure, errors_name_setting, generator_for, has_fast_bfloat16,
+                          load_checkpoint, printable, start_run)
 import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -377,7 +377,7 @@ def answer_file(model, tok, path, out, scorer, n, missing_end_score, batch_size,
     block_size = model.config.block_size
     encoded = encode_prompts(conversations, tok, block_size, max_new_tokens or DEFAULT_NEW_TOKENS)
     n_new = response_room(max(map(len, encoded)), block_size, max_new_tokens)
-    with open(out, 'a', encoding='utf-8'):
+    with errors_name_setting('answers', out), open(out, 'a', encoding='utf-8'):
         pass  # an output that cannot be written is reported before the work
     repeated = [ids for ids in encoded for _ in range(n)]
     print(f'answering {len(repeated):,} prompts, at most {n_new} tokens each', flush=True)
@@ -426,7 +426,8 @@ if __name__ == '__main__':
             scorer = None
             if best_of > 1:
                 scorer = load_reward_model(reward_model, tok).to(run.device)
-            os.makedirs(os.path.dirname(answers) or '.', exist_ok=True)
+            with errors_name_setting('answers', answers):
+                os.makedirs(os.path.dirname(answers) or '.', exist_ok=True)
             answer_file(model, tok, prompts, answers, scorer, best_of, missing_end_score,
                         batch_size, max_new_tokens, sampling)
 

@@ -25,7 +25,7 @@ import numpy as np
 from filelock import FileLock
 
 from bpe import END_OF_TEXT_NAMES, NAMED_TOKENIZERS, REPORT_SECONDS, Tokenizer, get_tokenizer
-from configurator import printable, write_atomically
+from configurator import errors_name_setting, printable, write_atomically
 
 DATA_FOLDER = os.path.dirname(os.path.abspath(__file__))
 
@@ -135,7 +135,8 @@ def write_dataset(folder, tokenizer, train, val, **about):
     The old files stay in place until the new ones are complete, and a running job keeps the old
     files that it has open. ValueError if a split contains no text.
     """
-    os.makedirs(folder, exist_ok=True)
+    with errors_name_setting('out', folder):
+        os.makedirs(folder, exist_ok=True)
     # Two bytes per token as long as every id fits into them.
     dtype = np.dtype('<u2')
     if tokenizer.vocab_size > 65536:
@@ -154,9 +155,10 @@ def write_dataset(folder, tokenizer, train, val, **about):
 
     # 1. The token files. ExitStack gives both their names only after both are complete.
     with ExitStack() as stack:
+        stack.enter_context(errors_name_setting('out', folder))
         for split, documents in (('train', train), ('val', val)):
             path = os.path.join(folder, f'{split}.bin')
-            print(f'encoding {path}', flush=True)
+            print(printable(f'encoding {path}'), flush=True)
             file = stack.enter_context(write_atomically(path))
             n_tokens, n_bytes = write_tokens(file, tokenizer, documents, dtype)
             if n_bytes == 0:
@@ -380,6 +382,9 @@ def load_dataset(dataset, block_size, tokenizer='', vocab_size=0):
     meta = read_meta(folder)
     if meta is not None:
         settings.update(meta.get('settings', {}))
+    if tokenizer:
+        # A saved size belongs to the saved tokenizer; another one has its own default.
+        settings.pop('vocab_size', None)
     settings.update(new_settings)
     prepare_if_missing(dataset, is_ready, settings)
 

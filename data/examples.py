@@ -27,7 +27,8 @@ import re
 
 import torch
 
-from configurator import generator_for, printable, write_atomically
+from configurator import (LARGEST, errors_name_setting, generator_for, printable,
+                          write_atomically)
 from data.dataset import dataset_folder, is_project_dataset, prepare_if_missing
 
 FORMATS = {
@@ -216,14 +217,9 @@ def own_columns(record):
 
 
 def check_margin(record):
-    """ValueError if the margin is a number, but not a finite one that fits into a float."""
-    try:
-        finite = math.isfinite(record.get('margin', 0))
-    except OverflowError:
-        # a whole number of hundreds of digits
-        finite = False
-    if not finite:
-        raise ValueError('margin must be a finite number')
+    """ValueError if the margin is a number, but not one that fits into a float32."""
+    if not abs(record.get('margin', 0)) <= LARGEST:
+        raise ValueError(f'margin must be a finite number of at most {LARGEST}')
 
 
 def read_history(record):
@@ -715,7 +711,8 @@ def write_examples(folder, files):
 
     Without examples, such a file is removed: nothing is left of what was prepared before.
     """
-    os.makedirs(folder, exist_ok=True)
+    with errors_name_setting('out', folder):
+        os.makedirs(folder, exist_ok=True)
     for name, examples in files.items():
         path = os.path.join(folder, f'{name}.jsonl')
         # of an earlier preparation, from another file
@@ -723,7 +720,7 @@ def write_examples(folder, files):
             os.remove(path)
         if not examples:
             continue
-        with write_atomically(path) as file:
+        with errors_name_setting('out', folder), write_atomically(path) as file:
             for example in examples:
                 line = json.dumps(to_record(example), ensure_ascii=False) + '\n'
                 file.write(line.encode())

@@ -25,8 +25,8 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to find these when run as a script
 from bpe import SPECIAL_TOKENS, Tokenizer, chat_format, chat_template
-from configurator import (configure, is_finite_number, is_rank_0, load_checkpoint, printable,
-                          seed_for, write_atomically)
+from configurator import (configure, errors_name_setting, is_finite_number, is_rank_0,
+                          load_checkpoint, printable, seed_for, write_atomically)
 from model import GPT, GPTConfig, RewardModel
 
 # ----- The families of published models
@@ -709,10 +709,11 @@ def save_pretrained(model, folder, tokenizer=None):
         contents['tokenizer_config.json'] = to_json(tokenizer_config(tokenizer, config.block_size))
 
     # 5. write
-    os.makedirs(folder, exist_ok=True)
-    for name, content in contents.items():
-        with write_atomically(os.path.join(folder, name)) as file:
-            file.write(content)
+    with errors_name_setting('out', folder):
+        os.makedirs(folder, exist_ok=True)
+        for name, content in contents.items():
+            with write_atomically(os.path.join(folder, name)) as file:
+                file.write(content)
 
 
 def tokenizer_config(tokenizer, block_size):

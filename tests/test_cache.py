@@ -225,6 +225,14 @@ def test_a_cache_for_few_tokens_is_small_and_refuses_more():
         cached_logits(model, small, idx[:, :1], [1])
 
 
+def test_sinks_that_are_never_reached_take_no_memory():
+    model = small_gpt(block_size=10 ** 9, n_sink=10 ** 8)
+    cache = model.new_cache(2, max_tokens=5)
+    assert cache.n_slot <= 10
+    idx = some_ids(2, 5)
+    assert close(cached_logits(model, cache, idx, [2, 3]), uncached_logits(model, idx), 1e-4)
+
+
 def test_a_cache_for_more_tokens_than_the_window_holds_the_window_and_never_ends():
     model = small_gpt(block_size=1000, window=5)
     assert model.new_cache(2, 12).k.nbytes == model.new_cache(2).k.nbytes

@@ -411,7 +411,9 @@ kl_target = 6.0
 @pytest.mark.parametrize('argument, message', [
     ('--batch_size=0', 'batch_size must be at least 1; got 0'),
     ('--learning_rate=-0.1', 'learning_rate must be at least 0; got -0.1'),
-    ('--learning_rate=1e400', 'learning_rate must be a finite number; got inf'),
+    ('--learning_rate=1e400', 'learning_rate must be a finite number of at most 3e+38; got inf'),
+    ('--learning_rate=1e39', 'learning_rate must be a finite number of at most 3e+38; got 1e+39'),
+    ('--batch_size=1000001', 'batch_size must be at most 1,000,000; got 1000001'),
     ('--weight_decay=-1', 'weight_decay must be at least 0; got -1.0'),
     ('--grad_clip=-1', 'grad_clip must be at least 0; got -1.0'),
     ('--warmup_iters=-1', 'warmup_iters must be at least 0; got -1'),

@@ -19,7 +19,7 @@ import conftest
 import data.dataset
 from bpe import Tokenizer
 from configurator import generator_for
-from conftest import call, finish, one_line, story
+from conftest import call, finish, one_line, story, write_jsonl
 from data.dataset import (
     dataset_folder, find_cut, is_project_dataset, load_dataset, prepare_if_missing,
     split_document, write_dataset,
@@ -390,6 +390,31 @@ def test_a_dataset_is_prepared_once_and_again_for_another_tokenizer(project, tmp
     assert runs(project)[-1] == '--tokenizer=byte --vocab_size=300'
 
 
+def test_the_vocab_size_of_one_tokenizer_is_not_given_to_the_next(project, tmp_path):
+    load_dataset('mine', 32)
+    settings = {'tokenizer': 'bpe', 'vocab_size': 260, 'ext': '.md'}
+    edit_meta(project, lambda meta: meta.update(settings=settings))
+    path = str(tmp_path / 'own.json')
+    Tokenizer.train('abc ' * 9, 262).save(path)
+    load_dataset('mine', 32, path)
+    assert runs(project)[-1] == f'--tokenizer={path} --ext=.md'
+
+
+@pytest.mark.parametrize('script, args', [
+    ('data/text/prepare.py', ['--input={folder}/text.txt']),
+    ('data/alpaca/prepare.py', ['--input={folder}/examples.jsonl']),
+    ('bpe.py', ['--input={folder}/text.txt', '--vocab_size=262'])])
+def test_an_output_that_cannot_be_written_names_its_setting(script, args, tmp_path):
+    (tmp_path / 'text.txt').write_text('some words ' * 90, encoding='utf-8')
+    rows = [{'prompt': str(i), 'response': 'a'} for i in range(20)]
+    write_jsonl(tmp_path / 'examples.jsonl', rows)
+    (tmp_path / 'file').write_text('not a folder', encoding='utf-8')
+    out = tmp_path / 'file' / 'out'
+    args = [arg.format(folder=tmp_path) for arg in args]
+    message = one_line(call(script, *args, f'--out={out}'))
+    assert f'out={out} cannot be written (Not a directory); give another out' in message
+
+
 def test_two_processes_prepare_a_dataset_once(project):
     program = (f'import sys; sys.path.insert(0, {str(ROOT)!r}); import data.dataset; '
                f'data.dataset.DATA_FOLDER = {str(project.parent)!r}; '
@@ -671,6 +696,7 @@ def test_columns_of_the_users_own_cause_no_harm(kind):
     ('preference', {'prompt': 'p', 'chosen': 'c', 'rejected': 3}, "'rejected' must be a list"),
     ('preference', {**PAIRS['texts'][0], 'margin': float('nan')}, 'margin must be a finite number'),
     ('preference', {**PAIRS['texts'][0], 'margin': 10**400}, 'margin must be a finite number'),
+    ('preference', {**PAIRS['texts'][0], 'margin': -1e39}, 'margin must be a finite number'),
     ('preference', {'chosen': LONG, 'rejected': [user('Other?'), assistant('x')]},
      'one assistant message after the messages that chosen and rejected share'),
     ('preference', {'prompt': 'Other?', 'chosen': LONG, 'rejected': LONG_REJECTED}, 'do not share'),

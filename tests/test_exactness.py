@@ -70,6 +70,13 @@ def records_of(folder):
     return read_log(str(folder))
 
 
+@pytest.mark.parametrize('stage', STAGES)
+def test_an_out_dir_that_is_a_file_is_an_error_that_names_the_setting(stage, run_stage, tmp_path):
+    (tmp_path / 'file').write_text('not a folder', encoding='utf-8')
+    message = one_line(run_stage(stage, tmp_path / 'file'))
+    assert f'out_dir={tmp_path}/file cannot be written (File exists)' in message
+
+
 def small_gpt(**more):
     torch.manual_seed(0)
     return GPT(GPTConfig(**dict(block_size=32, n_layer=2, n_head=2, n_embd=32) | more))
