@@ -2,9 +2,10 @@
 What the safety of a run costs: the time that one run of train.py spends on its lock, its checks and
 its checkpoints, as a share of the time of the whole run.
 
-    python tests/bench_saving.py [--key=value ...]      settings of train.py; without any the default
+    python tests/bench_saving.py                    the default run
+    python tests/bench_saving.py --max_iters=100    with other settings of train.py
 
-All figures are of one run in one process. Other work on the machine slows both sides of the share.
+All figures are of one run in one process, so other work on the machine slows both sides of the share.
 """
 import collections
 import os

@@ -133,11 +133,12 @@ def same(a, b):
 
 # What damage may leave in a log.jsonl: lines that are not text, not JSON, or not records.
 DAMAGED_LINES = b'\n'.join([
-    b'\xff\xfe', b'\x00\x00', b'[' * 100_000, b'{"a":' * 100_000, b'9' * 5000, b'[1, 2]', b'3', b'{}',
-    b'{"loss": 3.0}', b'{"step": "x"}', b'{"step": null, "loss": 1.0}', b'{"step": [1], "loss": 1.0}',
-    b'{"step": 1.5, "loss": 1.0}', b'{"step": 0, "loss": "x"}', b'{"step": 0, "loss": [2]}',
-    b'{"step": 0, "loss": true}', b'{"step": 0, "loss": 1' + b'0' * 400 + b'}',
-    b'{"final": {"loss": "low"}}', b'{"step": NaN}', b'{"step": 0, "final": {"loss": 2.0}}',
+    b'\xff\xfe', b'\x00\x00', b'[' * 100_000, b'{"a":' * 100_000, b'9' * 5000, b'[1, 2]', b'3',
+    b'{}', b'{"loss": 3.0}', b'{"step": "x"}', b'{"step": null, "loss": 1.0}',
+    b'{"step": [1], "loss": 1.0}', b'{"step": 1.5, "loss": 1.0}', b'{"step": 0, "loss": "x"}',
+    b'{"step": 0, "loss": [2]}', b'{"step": 0, "loss": true}',
+    b'{"step": 0, "loss": 1' + b'0' * 400 + b'}', b'{"final": {"loss": "low"}}', b'{"step": NaN}',
+    b'{"step": 0, "final": {"loss": 2.0}}',
     b'{"final": 3}', b''])
 
 
