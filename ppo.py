@@ -459,6 +459,7 @@ def score_policy(policy, reference, rows, prompts, tok, scorer, reward_function,
     one; the KL to the reference."""
     suppress = tok.missing_ids(policy.gpt.config.vocab_size)
     batch_size = config['batch_size']
+    micro_batch_size = math.ceil(config['minibatch_size'] / config['gradient_accumulation_steps'])
     scores, gold_scores, kls = [], [], []
     for i in range(0, len(rows), batch_size):
         generator = generator_for(config['seed'], 'test score', i // batch_size, device=run.device)
@@ -466,8 +467,8 @@ def score_policy(policy, reference, rows, prompts, tok, scorer, reward_function,
             idx, mask, ended = rollout(policy.gpt, prompts[i:i + batch_size], tok.eos_ids,
                                        config['max_new_tokens'], config['temperature'], generator,
                                        suppress=suppress)
-            found = measure(policy, reference, idx, mask, config['temperature'],
-                            config['minibatch_size'], suppress)
+            found = measure(policy, reference, idx, mask, config['temperature'], micro_batch_size,
+                            suppress)
             if scorer is not None:
                 scores.append(score_by_model(scorer, idx, mask, config['minibatch_size']))
         batch_rows = rows[i:i + batch_size]
@@ -617,6 +618,8 @@ if __name__ == '__main__':
         run.scaler.load_state_dict(checkpoint['scaler'])
     prompts_per_step = batch_size // responses_per_prompt  # over all ranks
     check_divisible(run, 'minibatch_size', minibatch_size)
+    # Rows of a forward pass. Their logits, a whole vocabulary per token, take most of the memory.
+    micro_batch_size = math.ceil(minibatch_size // run.world_size / gradient_accumulation_steps)
     check_divisible(run, 'the number of prompts per iteration', prompts_per_step)
     # The same policy, compiled or averaging gradients over ranks, for the passes of training.
     wrapped = parallel(policy, run, dynamic=True)
@@ -704,7 +707,7 @@ if __name__ == '__main__':
                 scores = score_by_function(reward_function, rows, idx, response_mask, tok)
             else:
                 scores = score_by_model(scorer, idx, response_mask, minibatch_size)
-            old = measure(wrapped, reference, idx, response_mask, temperature, minibatch_size,
+            old = measure(wrapped, reference, idx, response_mask, temperature, micro_batch_size,
                           suppress)
         # From here on a column is a predicted token: tensors are (B, T - 1).
         mask = response_mask[:, 1:].float()
@@ -742,9 +745,8 @@ if __name__ == '__main__':
                 if kl_stop and updates and updates[-1]['policy/approxkl'] > kl_stop:
                     break  # and in later epochs again, because updates[-1] stays: on all ranks
                 total_weight = sum_over_ranks(weight[minibatch].sum())
-                chunk_size = math.ceil(len(minibatch) / gradient_accumulation_steps)
                 update = {}
-                for chunk, T in length_chunks(idx[minibatch], chunk_size):
+                for chunk, T in length_chunks(idx[minibatch], micro_batch_size):
                     mb = minibatch[chunk]
                     with run.autocast:
                         loss, mb_metrics = update_loss(wrapped, batch, mb, T, kl_coef_now, config,
