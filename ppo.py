@@ -472,6 +472,7 @@ def score_policy(policy, reference, rows, prompts, tok, scorer, check_response, 
     (None), gold or kl is left out."""
     suppress = tok.missing_ids(policy.gpt.config.vocab_size)
     batch_size = config['batch_size']
+    micro_batch_size = math.ceil(config['minibatch_size'] / config['gradient_accumulation_steps'])
     found = {'score': [], 'gold': [], 'kl': []}
     for i in range(0, len(rows), batch_size):
         batch_rows = rows[i:i + batch_size]
@@ -484,7 +485,7 @@ def score_policy(policy, reference, rows, prompts, tok, scorer, check_response, 
             found['score'].append(scores)
             if reference is not None:
                 measured = measure(policy, reference, idx, mask, config['temperature'],
-                                   config['minibatch_size'], suppress)
+                                   micro_batch_size, suppress)
                 found['kl'].append(measured['kl'].sum(dim=1))
         if check_response is not None:
             if check_response is not scorer:
@@ -634,6 +635,8 @@ if __name__ == '__main__':
         run.scaler.load_state_dict(checkpoint['scaler'])
     prompts_per_step = batch_size // responses_per_prompt  # over all ranks
     check_divisible(run, 'minibatch_size', minibatch_size)
+    # Rows of a forward pass. Their logits, a whole vocabulary per token, take most of the memory.
+    micro_batch_size = math.ceil(minibatch_size // run.world_size / gradient_accumulation_steps)
     check_divisible(run, 'the number of prompts per iteration', prompts_per_step)
     # The same policy, compiled or averaging gradients over ranks, for the passes of training.
     wrapped = parallel(policy, run, dynamic=True)
@@ -718,7 +721,7 @@ if __name__ == '__main__':
         rows = [train_rows[i] for i in own]
         with run.autocast:
             scores = score_responses(scorer, rows, idx, response_mask, tok, minibatch_size)
-            old = measure(wrapped, reference, idx, response_mask, temperature, minibatch_size,
+            old = measure(wrapped, reference, idx, response_mask, temperature, micro_batch_size,
                           suppress)
         # From here on a column is a predicted token: tensors are (B, T - 1).
         mask = response_mask[:, 1:].float()
@@ -759,8 +762,7 @@ if __name__ == '__main__':
                     # epochs either: they find the same updates[-1].
                     break
                 total_weight = sum_over_ranks(weight[minibatch].sum())
-                chunk_size = math.ceil(len(minibatch) / gradient_accumulation_steps)
-                chunks = list(length_chunks(idx[minibatch], chunk_size))
+                chunks = list(length_chunks(idx[minibatch], micro_batch_size))
                 update = {}  # its metrics
                 for i, (chunk, T) in enumerate(chunks):
                     mb = minibatch[chunk]

@@ -111,10 +111,11 @@ def test_it_has_the_logits_of_transformers_and_knows_the_capital_of_france(folde
 @needs_model
 def test_sft_dpo_and_grpo_train_it_and_transformers_opens_the_result(folder, sums):
     short = dict(dataset=sums, max_iters=4, compile=False)
+    few = dict(test_draws=1, test_prompts=8, eval_prompts=8)
 
     # 1. SFT learns the demonstrations
     ok(call('sft.py', 'config/smollm2/sft.py', *flags(
-        short, init_from=folder / 'hf', out_dir=folder / 'sft', test_draws=1)))
+        short | few, init_from=folder / 'hf', out_dir=folder / 'sft')))
     losses = logged(folder / 'sft', 'response_loss')
     assert final(folder / 'sft')['response_loss'] < losses[0] - 0.5
 
@@ -127,8 +128,8 @@ def test_sft_dpo_and_grpo_train_it_and_transformers_opens_the_result(folder, sum
 
     # 3. GRPO with the reward function
     ok(call('ppo.py', 'config/smollm2/grpo.py', *flags(
-        short, init_from=folder / 'dpo', out_dir=folder / 'grpo', reward=REWARD, batch_size=16,
-        minibatch_size=16)))
+        short | few, init_from=folder / 'dpo', out_dir=folder / 'grpo', reward=REWARD,
+        batch_size=16, minibatch_size=16)))
     figures = final(folder / 'grpo')
     assert figures['kl'] > 0
     assert 0 < figures['score_greedy'] <= 1
