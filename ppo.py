@@ -58,6 +58,7 @@ dataset = 'wordplay'               # a folder of data/ with prompts_train, promp
 test_split = 'prompts_test'        # file of the final figures; prompts_val if there is none
 test_prompts = 1000                # number of its prompts
 test_draws = 4                     # sampled responses to each
+block_size = 0                     # context, in tokens; 0 = the model's, which RoPE can extend
 # rollout
 batch_size = 256                   # responses per iteration, over all ranks together
 minibatch_size = 64                # responses per update, over all ranks together

@@ -50,6 +50,7 @@ gold = ''                          # checking function, FILE.py:function; '' = t
 test_split = 'pref_test'           # the pairs of the final figures; pref_val if it does not exist
 max_pairs = 0                      # train on this many pairs, the first ones; 0 = all
 shuffle_labels = False             # random labels in training: validation accuracy must stay at 0.5
+block_size = 0                     # context, in tokens; 0 = the model's, which RoPE can extend
 gradient_accumulation_steps = 2    # micro-batches per step, over all ranks together
 batch_size = 32                    # pairs per micro-batch
 length_groups = 1                  # sort the pairs of this many steps by length, so less is padded

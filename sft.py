@@ -51,6 +51,7 @@ test_split = 'prompts_test'        # file of the final figures; sft_val if there
 test_prompts = 1000                # number of its prompts
 test_draws = 4                     # sampled responses to each, at temperature 1
 max_new_tokens = 64                # per response, in evaluations
+block_size = 0                     # context, in tokens; 0 = the model's, which RoPE can extend
 gradient_accumulation_steps = 2    # micro-batches per step, over all ranks together
 batch_size = 64                    # examples per micro-batch
 curriculum = 'none'                # 'none' (random order) | 'short_to_long' (arXiv 2108.02170)

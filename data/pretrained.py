@@ -15,6 +15,7 @@ As a script, this file exports a run to a folder that transformers and other too
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import sys
@@ -1027,9 +1028,15 @@ def load_chat_model(source, config):
     if isinstance(source, str) and os.path.realpath(source) == os.path.realpath(out_dir):
         raise ValueError(f'init_from={source!r} is the folder that the run would write to; give it '
                          'another out_dir')
-    # 1. the model as it is
+    # 1. the model as it is, or with a longer context
     tok = Tokenizer.byte() if source == 'scratch' else None
-    model, tok = load_model(source, {'dropout': 0.0} | config, tok)
+    settings = {'dropout': 0.0} | config
+    if config.get('block_size') == 0:
+        del settings['block_size']
+    model, tok = load_model(source, settings, tok)
+    if model.config.block_size > settings.get('block_size', math.inf):
+        raise ValueError(f"block_size {settings['block_size']} is less than the "
+                         f'{model.config.block_size} of the model; leave it out to keep that')
 
     # 2. our chat format, if the tokenizer has none of its own
     n_real = tok.vocab_size

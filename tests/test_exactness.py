@@ -65,6 +65,19 @@ def run_stage(dataset, letters_data, small_base):
     return run_stage
 
 
+@pytest.mark.parametrize('stage', ['sft', 'reward', 'reward, dpo', 'ppo'])
+def test_the_context_of_a_model_with_rope_can_grow_in_every_stage(
+        stage, run_stage, small_base, tmp_path):
+    ok(run_stage(stage, tmp_path / 'run', init_from=small_base, max_iters=1, block_size=48))
+    path = str(tmp_path / 'run')
+    assert load_checkpoint(path)['model_args']['block_size'] == 48
+    ok(run_stage(stage, tmp_path / 'run', init_from='resume', max_iters=2))
+    checkpoint = load_checkpoint(path)
+    assert (checkpoint['step'], checkpoint['model_args']['block_size']) == (2, 48)
+    message = one_line(run_stage(stage, tmp_path / 'new', block_size=16))
+    assert 'block_size 16 is less than the 32 of the model' in message
+
+
 def records_of(folder):
     """The records of a run's log."""
     return read_log(str(folder))
