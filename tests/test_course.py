@@ -15,7 +15,8 @@ from conftest import ROOT
 
 COURSE = 'config/course/README.md'
 WORDPLAY = 'config/wordplay/README.md'
-READMES = ['README.md', 'data/README.md', COURSE, WORDPLAY, 'tests/README.md']
+READMES = ['README.md', 'data/README.md', COURSE, WORDPLAY, 'config/smollm2/README.md',
+           'tests/README.md']
 
 # The number of items in each of the eight parts of the course.
 ITEMS_PER_PART = (7, 6, 6, 5, 3, 4, 4, 5)
