@@ -259,7 +259,8 @@ def test_a_dataset_is_loaded_as_it_was_written(folder):
     ('dtype', 'O'), ('dtype', 'int16'), ('dtype', 'float16'), ('dtype', 'datetime64'),
     ('dtype', '>u2'), ('dtype', None), ('dtype', ['uint16']), ('train_tokens', '121'),
     ('train_tokens', -1), ('train_tokens', 121.0), ('val_tokens', True), ('val_bytes', None),
-    ('train_bytes', 10.5), ('val_bytes', 0), ('train_bytes', 10**400), ('tokenizer', None), ('tokenizer', []), ('tokenizer.name', 3),
+    ('train_bytes', 10.5), ('val_bytes', 0), ('train_bytes', 10**400), ('tokenizer', None),
+    ('tokenizer', []), ('tokenizer.name', 3),
     ('tokenizer.fingerprint', None), ('tokenizer.vocab_size', '261'), ('tokenizer.vocab_size', -5),
     ('settings', 'x'), ('settings.input', ['a']), ('settings.input', None)])
 def test_a_field_of_meta_json_with_a_wrong_value_is_named(folder, field, value):
@@ -321,7 +322,8 @@ def test_a_nanogpt_folder_is_recognised_and_not_replaced(folder, has_pickle, tmp
 
 
 def test_a_dataset_that_does_not_exist_gets_the_names_of_those_that_do(tmp_path):
-    with pytest.raises(ValueError, match='no such dataset .*shakespeare_char, sums, text, wordplay'):
+    names = 'shakespeare_char, sums, text, wordplay'
+    with pytest.raises(ValueError, match=f'no such dataset .*{names}'):
         load_dataset(str(tmp_path / 'none'), 32)
     with pytest.raises(ValueError, match='dataset must be the name of a folder'):
         load_dataset('', 32)
