@@ -5,7 +5,8 @@ its checkpoints, as a share of the time of the whole run.
     python tests/bench_saving.py                    the default run
     python tests/bench_saving.py --max_iters=100    with other settings of train.py
 
-All figures are of one run in one process, so other work on the machine slows both sides of the share.
+All figures are of one run in one process, so other work on the machine slows both sides of the
+share.
 """
 import collections
 import os
