@@ -498,7 +498,20 @@ def test_there_is_no_warning_if_the_responses_end(letters_data, small_sft, tmp_p
 
 
 # -----------------------------------------------------------------------------
-# Damage
+# Other runs in the folder, and damage
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(stage, run_stage, tmp_path):
+    ok(run_stage(stage, tmp_path, max_iters=1))
+    holder = configurator.Logger(str(tmp_path), {}, step=1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for init_from in ({}, {'init_from': 'resume'}):
+        message = one_line(run_stage(stage, tmp_path, max_iters=2, **init_from))
+        assert f'{tmp_path}: process {os.getpid()} ' in message
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    holder.lock.release()
+    ok(run_stage(stage, tmp_path, init_from='resume', max_iters=2))
+
 
 @pytest.mark.parametrize('stage', STAGES)
 def test_a_damaged_log_does_not_stop_a_resumed_run_and_its_records_are_kept(
