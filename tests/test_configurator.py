@@ -347,7 +347,6 @@ def test_a_setting_whose_default_is_auto_may_be_a_bool(settings_of):
     (['--qqq=6'], ['--qqq=6', 'no setting', '--help']),
     (['--lr=0.1'], ['--lr=0.1', 'no setting', '--learning_rate?']),
     (['--epochs=3'], ['--epochs=3', 'no setting', '--max_iters?']),
-    (['--bs=3'], ['--bs=3', 'no setting', '--batch_size?']),
     (['--after=6'], ['--after=6', 'no setting']),
     (['--n_layer=six'], ['--n_layer=six', 'n_layer', 'int', '4', "'six'"]),
     (['--n_layer=1.5'], ['--n_layer=1.5', 'int', '1.5']),
@@ -424,6 +423,11 @@ def test_a_value_that_would_invert_or_break_training_is_refused(run_configure, a
                                       '--dropout=0', f'--seed={2 ** 63 - 1}'])
 def test_the_limits_of_a_range_are_accepted(run_configure, argument):
     run_configure(argument, script=RANGED)
+
+
+def test_a_common_short_name_gets_the_setting_that_it_stands_for(run_configure):
+    with pytest.raises(ValueError, match="no setting 'bs'; did you mean --batch_size?"):
+        run_configure('--bs=3', script=RANGED)
 
 
 def test_a_choice_that_does_not_exist_is_an_error_that_lists_those_that_do():
