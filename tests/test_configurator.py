@@ -435,6 +435,11 @@ def test_the_limits_of_a_range_are_accepted(run_configure, argument):
     run_configure(argument, script=RANGED)
 
 
+def test_a_common_short_name_gets_the_setting_that_it_stands_for(run_configure):
+    with pytest.raises(ValueError, match="no setting 'bs'; did you mean --batch_size?"):
+        run_configure('--bs=3', script=RANGED)
+
+
 def test_a_choice_that_does_not_exist_is_an_error_that_lists_those_that_do():
     check_choice({'loss': 'bt'}, 'loss', ('bt', 'dpo'))
     with pytest.raises(ValueError, match="loss must be one of 'bt', 'dpo'; got 'ppo'"):
