@@ -648,8 +648,9 @@ if __name__ == '__main__':
     # Greedy responses of the reference to a few prompts, to show beside those of the policy.
     responses_before = []
     if run.is_master:
-        print(f'{policy.gpt.n_params():,} parameters; {dataset}: {len(prompts):,} + '
-              f'{len(eval_prompt_ids):,} prompts; {prompts_per_step} prompts per iteration')
+        print(printable(
+            f'{policy.gpt.n_params():,} parameters; {dataset}: {len(prompts):,} + '
+            f'{len(eval_prompt_ids):,} prompts; {prompts_per_step} prompts per iteration'))
         with run.autocast:
             responses_before = answer(reference, tok, eval_prompt_ids[:8], max_new_tokens,
                                       temperature=0)

@@ -413,8 +413,9 @@ if __name__ == '__main__':
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, use_cache=use_cache,
                     generator=generator_for(seed, 'sample', device=run.device))
     if (chat or prompts) and stage == 'train':
-        print(f'note: {source} was trained on texts, not on chats, so it continues texts rather '
-              f'than responds; python sft.py --init_from={source} teaches it to respond')
+        print(printable(
+            f'note: {source} was trained on texts, not on chats, so it continues texts rather '
+            f'than responds; python sft.py --init_from={source} teaches it to respond'))
 
     with run.autocast:
         # 2. a conversation

@@ -580,7 +580,7 @@ def load_examples(dataset, split, kind, default=None):
         for other in ('sft', 'pref'):
             path = path or find_examples(folder, split.replace('prompts', other))
         if path is not None:
-            print(f'{split}: the prompts of {path}', flush=True)
+            print(printable(f'{split}: the prompts of {path}'), flush=True)
     if path is None:
         script = os.path.join(folder, 'prepare.py')
         message = f'{os.path.join(folder, split)}.jsonl: no such file'
