@@ -3,7 +3,7 @@
 #
 #     python train.py config/wordplay/base.py
 #
-# Result: 1.685 nats per byte on the held-out plays, after 100 s on one core.
+# Result: 1.662 nats per byte on the held-out plays, after 100 s on one core.
 
 out_dir = 'out/bytes'
 tokenizer = 'byte'
