@@ -1130,7 +1130,7 @@ def get_tokenizer(name, text=None, vocab_size=0):
         tokenizer = Tokenizer.byte()
     elif name == 'bpe':
         vocab_size = vocab_size or 4096
-        print(f'training a tokenizer of {vocab_size:,} tokens on {len(text):,} characters',
+        print(f'training a tokenizer of {vocab_size:,} tokens on {len(text or ""):,} characters',
               flush=True)
         tokenizer = Tokenizer.train(text, vocab_size)
     elif name == 'gpt2':

@@ -192,7 +192,8 @@ def start(stage, folder, again=False, run_id='this run', calls=None, record=None
     output = f'{folder}.out'
     if stage.n_ranks == 1:
         if again and has_checkpoint(folder):
-            args = ['--init_from=resume', f'--out_dir={folder}']
+            code = [arg for arg in args if '.py:' in arg]  # must be named again
+            args = ['--init_from=resume', f'--out_dir={folder}', *code]
         return [fork_rank(script, args, {}, output, calls, record, hard_links)]
     port = free_port()
     pids = []

@@ -34,7 +34,7 @@ def figures(monkeypatch):
     return saved
 
 
-def write_run(folder, losses, stage=None, **config):
+def write_run(folder, losses, stage='train', **config):
     """Write the log and the checkpoint of a run with these losses and settings."""
     logger = Logger(str(folder), {})
     for step, loss in enumerate(losses):
