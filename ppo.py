@@ -851,6 +851,8 @@ if __name__ == '__main__':
                 metrics['critic_lr'] = optimizers[0].param_groups[2]['lr']
             metrics['rollout_share'] = rollout_time / (now - last_time)
             metrics['episodes_per_second'] = batch_size / (now - last_time)
+            metrics['tokens_per_second'] = (metrics['response_length']
+                                            * metrics['episodes_per_second'])
             logger.log(step, metrics)
         last_time = now
 

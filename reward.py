@@ -20,9 +20,9 @@ from dataclasses import asdict, replace
 
 # configurator comes first: it answers --help before torch is loaded
 from configurator import (Logger, StopSignal, check_choice, check_divisible, configure,
-                          generator_for, mean_over_ranks, must_skip, parallel, peak_memory_mb,
-                          printable, restore_optimizers, resume, save_checkpoint, schedule_factor,
-                          seed_for, start_run)
+                          generator_for, mean_over_ranks, must_skip, parallel, peak_flops,
+                          peak_memory_mb, printable, restore_optimizers, resume, save_checkpoint,
+                          schedule_factor, seed_for, start_run)
 import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -551,7 +551,8 @@ if __name__ == '__main__':
     config = dict(config, max_iters=max_iters)
     mean_length = sum(len(ids) for (ids, _), _, _ in train_pairs) / len(train_pairs)
     n_tokens = 2 * mean_length * pairs_per_step * max_iters
-    run = start_run(config, flops=policy.flops_per_token(round(mean_length)) * n_tokens)
+    flops_per_token = policy.flops_per_token(round(mean_length))
+    run = start_run(config, flops=flops_per_token * n_tokens)
     model, reference = make_models(policy, loss, causal, seed, run.device)
     if checkpoint:
         restore_weights(model, checkpoint['model'], out_dir)
@@ -584,6 +585,7 @@ if __name__ == '__main__':
     if run.is_master:
         tok.save(os.path.join(out_dir, 'tokenizer.json'))
     stop = StopSignal()
+    machine_flops = peak_flops(run) * run.world_size
     if run.is_master:
         n_epochs = max_iters * pairs_per_step / len(train_pairs)
         print(printable(
@@ -691,6 +693,7 @@ if __name__ == '__main__':
             for (chosen_ids, _), (rejected_ids, _), _ in pairs:
                 n_tokens += len(chosen_ids) + len(rejected_ids)
             metrics['tokens_per_second'] = n_tokens / seconds
+            metrics['mfu'] = metrics['tokens_per_second'] * flops_per_token / machine_flops
             logger.log(step, metrics)
         last_time = time.perf_counter()
 

@@ -214,7 +214,8 @@ def load_run(folder):
         (settings, figures): its settings, with the stage among them, and its final figures, empty
         if it has not ended. ValueError if the folder holds no run.
     """
-    if not os.path.exists(os.path.join(folder, 'ckpt.pt')):
+    paths = [os.path.join(folder, name) for name in ('ckpt.pt', 'ckpt_prev.pt')]
+    if not any(os.path.exists(path) for path in paths):
         raise ValueError(f'{folder}: no run there (no ckpt.pt)')
     checkpoint = load_checkpoint(folder)
     settings = {'stage': checkpoint.get('stage'), **checkpoint['config']}

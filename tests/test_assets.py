@@ -99,6 +99,14 @@ def test_the_script_prints_the_settings_that_differ_next_to_the_results_and_draw
     assert picture.read_bytes().startswith(b'\x89PNG')
 
 
+def test_a_run_of_which_only_the_previous_checkpoint_is_left_is_compared(tmp_path):
+    a = write_run(tmp_path / 'a', [3.0, 2.5], n_layer=2)
+    b = write_run(tmp_path / 'b', [3.0, 2.25], n_layer=4)
+    (tmp_path / 'b' / 'ckpt.pt').rename(tmp_path / 'b' / 'ckpt_prev.pt')
+    printed = ok(call('assets/draw.py', a, b, f'--out={tmp_path / "both.png"}'))
+    assert 'ckpt_prev.pt, step 2' in printed and 'n_layer' in printed
+
+
 def test_the_script_without_folders_or_with_a_folder_without_a_run_is_an_error_of_one_line(
         tmp_path):
     run = write_run(tmp_path / 'a', [3.0])
