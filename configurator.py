@@ -126,12 +126,18 @@ def print_help(path):
             print(f' {heading[1]}')
 
 
-# --help answers at once: before torch is imported, which takes a second or more. (In a program
-# that is not one of the scripts there is no block of settings, and nothing happens here.)
-if {'--help', '-h'} & set(sys.argv[1:]) and os.path.isfile(sys.argv[0]):
-    if settings_block(sys.argv[0]):
-        print_help(sys.argv[0])
-        sys.exit(0)
+def has_settings(path):
+    """Whether a file is one of the scripts, whose settings configure() reads."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, encoding='utf-8') as f:
+        return 'configure(globals())' in f.read()
+
+
+# --help answers at once: before torch is imported, which takes a second or more.
+if {'--help', '-h'} & set(sys.argv[1:]) and has_settings(sys.argv[0]):
+    print_help(sys.argv[0])
+    sys.exit(0)
 
 import torch
 from filelock import FileLock, Timeout  # installed with torch

@@ -504,6 +504,11 @@ def test_help_prints_the_headings_of_the_settings_without_importing_torch(script
     assert 'torch' not in imported and 'numpy' not in imported
 
 
+@pytest.mark.parametrize('script', ['fuzz', 'kill', 'prove_post_training'])
+def test_programs_with_their_own_options_answer_help_themselves(script):
+    assert 'usage:' in ok(finish(start(f'tests/{script}.py', '--help')))
+
+
 def test_help_prints_a_comment_of_several_lines_in_one_column(tmp_path, capsys):
     rule = '# ' + '-' * 77
     comment = "'sum' |"
