@@ -26,7 +26,8 @@ import torch
 
 
 def pytest_configure(config):
-    config.addinivalue_line('markers', 'slow: takes minutes; leave out with -m "not slow"')
+    config.addinivalue_line('markers', 'slow: takes minutes; runs only if asked for, by -m slow')
+    config.option.markexpr = config.option.markexpr or 'not slow'
 
 
 # -----------------------------------------------------------------------------

