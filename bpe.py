@@ -63,9 +63,14 @@ PATTERNS = {
              r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 
+# tiktoken's regular expressions run out of memory for their stack in very long runs of blanks.
+LONG_BLANKS = re.compile(r'\s{10000}')
+
+
 # ----- Bytes as visible characters: how a tokenizer.json writes tokens
 
 # A token may be a part of a character, which is not valid UTF-8 and cannot be written in JSON.
+
 
 def byte_characters():
     """GPT-2's table: a list of 256 characters, one for each byte.
@@ -91,8 +96,6 @@ def byte_characters():
 BYTE_TO_CHAR = byte_characters()
 CHAR_TO_BYTE = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
 
-# tiktoken's regular expressions run out of memory for their stack in very long runs of blanks.
-LONG_BLANKS = re.compile(r'\s{10000}')
 
 def to_visible(token):
     """The name that a tokenizer.json gives to a token: bytes -> str.
@@ -102,11 +105,13 @@ def to_visible(token):
     """
     return ''.join(BYTE_TO_CHAR[byte] for byte in token)
 
+
 def from_visible(name):
     """The opposite of to_visible: str -> bytes."""
     return bytes(CHAR_TO_BYTE[char] for char in name)
 
 # ----- Training in plain form
+
 
 def count_pairs(words):
     """How often each pair of neighbouring ids occurs in words = {tuple of ids: count}.
@@ -119,6 +124,7 @@ def count_pairs(words):
         for pair in zip(word, word[1:]):
             pairs[pair] = pairs.get(pair, 0) + count
     return pairs
+
 
 def merge(word, pair, new_id):
     """The word, a tuple of ids, with each occurrence of the pair replaced, from left to right.
@@ -139,6 +145,7 @@ def merge(word, pair, new_id):
             i += 1
     return tuple(merged)
 
+
 def print_merge(tokens, pair, count):
     """Print the newest of the tokens, the pair of ids that it was made of, and the pair's count."""
     names = []
@@ -150,6 +157,7 @@ def print_merge(tokens, pair, count):
     # repr() also shows control characters as escapes, so that they cannot drive a terminal.
     left, right, new = names
     print(f'merge {len(tokens) - 256:,}: {left} + {right} -> {new} ({count:,} times)', flush=True)
+
 
 def train_bpe_plain(text, n_tokens, pattern, verbose=False):
     """Learn a vocabulary in the plainest way: count all pairs again before each merge.
@@ -181,6 +189,7 @@ def train_bpe_plain(text, n_tokens, pattern, verbose=False):
     return tokens
 
 # ----- Training, faster: each merge visits only the words that contain its pair
+
 
 def train_bpe(text, n_tokens, pattern, verbose=False):
     """The same as train_bpe_plain, and much faster; a test compares them.
@@ -253,6 +262,7 @@ def train_bpe(text, n_tokens, pattern, verbose=False):
 
 # ----- Encoding in plain form
 
+
 def apply_merges(word, merges):
     """Encode one word: a tuple of ids in which all merges = {(left, right): new id} have been made.
 
@@ -269,6 +279,7 @@ def apply_merges(word, merges):
     return word
 
 # ----- The parts of a tokenizer.json
+
 
 def pre_tokenizer_forms(pattern):
     """The ways in which a tokenizer.json may write a key of PATTERNS, each a list of stages.
@@ -290,10 +301,12 @@ def pre_tokenizer_forms(pattern):
         forms.append([{'type': 'Digits', 'individual_digits': True}, byte_level])
     return forms
 
+
 def comparable(stages):
     """The stages of a pre-tokenizer in one form: a default filled in, and without trim_offsets."""
     # trim_offsets is about positions in the text, which we do not use. It never changes ids.
     return [{'use_regex': True} | stage | {'trim_offsets': None} for stage in stages]
+
 
 def find_pattern(pre_tokenizer):
     """The key of PATTERNS that the pre_tokenizer of a tokenizer.json stands for, or None."""
@@ -304,6 +317,7 @@ def find_pattern(pre_tokenizer):
                 return pattern
     return None
 
+
 def unsupported_parts(content):
     """What in the content of a tokenizer.json changes ids in a way that Tokenizer does not know.
 
@@ -311,10 +325,12 @@ def unsupported_parts(content):
     """
     parts = []
     model = content['model']
-    # unk_token and fuse_unk are for bytes without a token. The other three are read.
-    handled = ('vocab', 'merges', 'ignore_merges', 'unk_token', 'fuse_unk')
+    # Everything else must be off. unk_token and fuse_unk are for bytes without a token.
+    handled = ('type', 'vocab', 'merges', 'ignore_merges', 'unk_token', 'fuse_unk')
+    if model.get('type', 'BPE') != 'BPE':
+        parts.append(f'type {json.dumps(model["type"])}')
     for key, value in model.items():
-        if key not in handled and value not in (None, '', False, 'BPE'):
+        if key not in handled and value:
             parts.append(f'{key} {json.dumps(value)}')
     if model.get('unk_token') and any(char not in model['vocab'] for char in BYTE_TO_CHAR):
         parts.append(f'unk_token {json.dumps(model["unk_token"])}')
@@ -332,6 +348,7 @@ def unsupported_parts(content):
             if token.get(flag):
                 parts.append(f'{flag} of {token["content"]!r}')
     return parts
+
 
 def check_content(content):
     """ValueError if a tokenizer.json has tokens that cannot be: with impossible or shared ids."""
@@ -368,6 +385,7 @@ def check_content(content):
         name_of[id] = name
         id_of[name] = id
 
+
 def check_id(name, id, limit):
     """ValueError if this is not a possible token id. bool is a kind of int, but not an id."""
     if type(id) is not int or not 0 <= id < limit:
@@ -375,6 +393,7 @@ def check_id(name, id, limit):
                          f'from 0 to {limit - 1:,}')
 
 # ----- Chat formats
+
 
 @dataclass(frozen=True)
 class ChatFormat:
@@ -437,6 +456,7 @@ CHAT_FORMATS = {
         system='first user'),
 }
 
+
 def chat_format(tokenizer):
     """The ChatFormat that the tokenizer has the special tokens for, or None.
 
@@ -449,8 +469,9 @@ def chat_format(tokenizer):
 
 # ----- The tokenizer
 
+
 class EndTokens:
-    """The ids that end a text, by the special tokens {name: id} of either kind of tokenizer."""
+    """What both classes of tokenizers share: the ids that end a text, by self.special."""
 
     @property
     def chat_end(self):
@@ -468,21 +489,25 @@ class EndTokens:
                 return self.special[name]
         return None
 
+
 def added_token(name, id):
     """The entry of a special token in a tokenizer.json."""
     return {'id': id, 'content': name, 'special': True, 'single_word': False, 'lstrip': False,
             'rstrip': False, 'normalized': False}
+
 
 def fingerprint_of(content):
     """16 hexadecimal digits for the content of a tokenizer.json."""
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+
 def save_content(content, path):
     """Write a tokenizer.json. If that fails, the old file is still there."""
     text = json.dumps(content, ensure_ascii=False, indent=1)
     with write_atomically(path) as file:
         file.write(text.encode())
+
 
 class Tokenizer(EndTokens):
     """Byte-level BPE: text to ids and back.
@@ -506,7 +531,7 @@ class Tokenizer(EndTokens):
     def __init__(self, tokens, special=None, pattern='digits', normalizer=None,
                  ignore_merges=False):
         """
-        tokens: {id: bytes} without the special tokens, or pairs of these.
+        tokens: {id: bytes} without the special tokens, or pairs (id, bytes).
         special: {name: id}; None gives SPECIAL_TOKENS the next ids.
         pattern: a key of PATTERNS.
         normalizer: None, or 'NFC' (Qwen): an e followed by an accent becomes one é.
@@ -531,10 +556,8 @@ class Tokenizer(EndTokens):
         self._missing_bytes = re.compile(b'|'.join(missing)) if missing else None
         self._has_warned = False
         self.merges = self._find_merges()
-        if special is None:
-            self.add_special(SPECIAL_TOKENS)
-        else:
-            self.add_special([])
+        # This also sets what depends on all tokens: vocab_size and _bytes_of.
+        self.add_special(SPECIAL_TOKENS if special is None else [])
         self.eos_ids = []     # where a generation ends; data/pretrained.py sets them
         self.name = 'bpe' if self.merges else 'byte'
 
@@ -549,7 +572,7 @@ class Tokenizer(EndTokens):
             parts = apply_merges(self._bytes_to_ids(token), merges)
             if len(parts) == 2:
                 merges[parts] = id
-            elif len(parts) == 1 or not self.ignore_merges:
+            elif len(parts) == 1 or not self.ignore_merges:  # one part: a token of the same bytes
                 raise ValueError(f'token {id}, {token}, is not made of two tokens with smaller ids')
         return merges
 
@@ -760,7 +783,7 @@ class Tokenizer(EndTokens):
                     reason = str(error)
             return HuggingFaceTokenizer(content, reason)
         except Exception as error:
-            if type(error) is ValueError:
+            if type(error) is ValueError:  # our own; a UnicodeError is damage
                 raise
             message = ' '.join(str(error).split())
             raise ValueError(f'damaged ({type(error).__name__}): {message}') from error
@@ -814,6 +837,7 @@ class Tokenizer(EndTokens):
             raise ValueError(f'{path}: {error}') from error
 
 # ----- Tokenizers of other kinds
+
 
 class HuggingFaceTokenizer(EndTokens):
     """What Tokenizer cannot represent, by Hugging Face's package, behind the same methods.
@@ -951,6 +975,7 @@ class HuggingFaceTokenizer(EndTokens):
 
 # ----- Chats
 
+
 def check_message(index, message):
     """The role and the content of a chat message. ValueError if one is missing or is not text."""
     if not isinstance(message, dict):
@@ -963,8 +988,10 @@ def check_message(index, message):
         message[key].encode()  # raises UnicodeEncodeError, a ValueError, at a lone surrogate
     return message['role'], message['content']
 
+
 def place_system(messages, chat):
-    """The messages of a chat as a list of (role, content), with the system message in its place.
+    """The messages of a chat, with the system message in its place, as a list of (role, content,
+    whether the loss counts it).
 
     messages: [{'role': ..., 'content': ...}, ...]. ValueError for a message of another form.
     """
@@ -976,18 +1003,20 @@ def place_system(messages, chat):
         if role not in ('user', 'assistant') and not is_system:
             raise ValueError(f'message {i}: role {role!r} must be user or assistant, '
                              'or system at the start')
-        turns.append((role, content))
+        counted = role == 'assistant' and message.get('weight', 1) != 0
+        turns.append((role, content, counted))
     has_system = bool(turns) and turns[0][0] == 'system'
-    users = [i for i, (role, content) in enumerate(turns) if role == 'user']
+    users = [i for i, (role, _, _) in enumerate(turns) if role == 'user']
     if not turns or (has_system and not users):
         raise ValueError('a conversation needs a message of a user')
 
     # 2. Where the format has no turn for the system, its text goes before a user's.
     if has_system and chat.system != 'own turn':
         i = users[0] if chat.system == 'first user' else users[-1]
-        turns[i] = ('user', turns[0][1] + '\n\n' + turns[i][1])
+        turns[i] = ('user', turns[0][1] + '\n\n' + turns[i][1], False)
         turns = turns[1:]
     return turns
+
 
 def n_common(left, right):
     """How many ids at their beginning two lists have in common."""
@@ -996,6 +1025,7 @@ def n_common(left, right):
         n += 1
     return n
 
+
 def render_chat(messages, tokenizer):
     """The ids of a chat, and a loss mask: for each id 1 if training computes a loss on it, else 0.
 
@@ -1003,7 +1033,8 @@ def render_chat(messages, tokenizer):
     first. They are written in the tokenizer's own chat format, or in ours (see CHAT_FORMATS). In
     ours, the system's text and an empty line are put in front of the first user message.
 
-    The loss counts the assistant's words and the token that ends them. If the last message is the
+    The loss counts the assistant's words and the token that ends them, unless the message has
+    'weight': 0. If the last message is the
     user's, the ids end with what begins a response, so that a model continues with it. Every
     message is a turn of its own, also if the same role spoke before. The ids equal those of the
     published templates, except that names of special tokens in a message are plain text.
@@ -1044,9 +1075,7 @@ def render_chat(messages, tokenizer):
     loss_mask = [0] * len(ids)
 
     turns = place_system(messages, chat)
-    for role, content in turns:
-        counted = 1 if role == 'assistant' else 0
-
+    for role, content, counted in turns:
         # 2. What comes before the message.
         for part in chat.before[role]:
             ids += encode_part(part)
@@ -1062,12 +1091,12 @@ def render_chat(messages, tokenizer):
         words = tokenizer.encode_after_special(opening + content)
         n_opening = n_common(words, tokenizer.encode_after_special(opening))
         ids += words
-        loss_mask += [0] * n_opening + [counted] * (len(words) - n_opening)
+        loss_mask += [0] * n_opening + [int(counted)] * (len(words) - n_opening)
 
         # 4. What comes after it: the loss counts the first token, which ends a response.
         for part in chat.after[role]:
             ids += encode_part(part)
-        loss_mask += [counted]
+        loss_mask += [int(counted)]
         loss_mask += [0] * (len(ids) - len(loss_mask))
 
     # 5. If it is the model's turn: what begins a response.
@@ -1078,6 +1107,7 @@ def render_chat(messages, tokenizer):
         loss_mask += [0] * (len(ids) - len(loss_mask))
     return ids, loss_mask
 
+
 def chat_template(tokenizer):
     """The tokenizer's chat format as a Jinja template, for other programs. None without a format.
 
@@ -1087,7 +1117,8 @@ def chat_template(tokenizer):
     chat = chat_format(tokenizer)
     if chat is None:
         return None
-    # 1. The message that takes the system's text: ns.taker. -1 means none, as in the first formats.
+    # 1. The message that takes the system's text: ns.taker. -1 means none: the system has its own
+    # turn.
     template = "{% set ns = namespace(system='', taker=-1) %}"
     if chat.system != 'own turn':
         template += "{% for message in messages %}{% if message['role'] == 'system' %}"
@@ -1119,6 +1150,7 @@ def chat_template(tokenizer):
     return template
 
 # ----- A tokenizer by its name
+
 
 def get_tokenizer(name, text=None, vocab_size=0):
     """The tokenizer that a --tokenizer setting asks for.

@@ -69,8 +69,8 @@ AT_LEAST_ZERO = (
     'grad_clip', 'vocab_size', 'temperature', 'top_k', 'clip_range', 'value_clip', 'value_coef',
     'score_clip', 'kl_coef', 'kl_stop', 'moe_aux_weight', 'moe_bias_rate', 'moe_z_weight',
     'denoise_weight', 'center_weight', 'flip_rate', 'dpo_beta')
-AT_MOST_ONE = ('dropout', 'beta1', 'beta2', 'gamma', 'lam', 'top_p', 'curriculum_frac',
-               'cooldown_frac')
+FROM_ZERO_TO_ONE = ('dropout', 'beta1', 'beta2', 'gamma', 'lam', 'top_p', 'curriculum_frac',
+                    'cooldown_frac')
 ABOVE_ZERO = ('kl_target', 'kl_horizon')
 # Counts that only a slip, or a foreign checkpoint, sets so high that they would fill the memory.
 AT_MOST_A_MILLION = (
@@ -173,7 +173,7 @@ def check_setting(where, key, value, defaults):
         raise ValueError(f'{where}: there is no setting {key!r}; did you mean '
                          f'--{nearest_name(key, defaults)}?')
     default = defaults[key]
-    if isinstance(default, float) and type(value) is int:
+    if isinstance(default, float) and type(value) is int and abs(value) < LARGEST:
         value = float(value)
     if type(default) is int and isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -209,6 +209,9 @@ def run_config_file(path, settings, defaults):
     # The compiled code tells which names were assigned at module level, and where.
     assigned = {instruction.argval: instruction.positions.lineno
                 for instruction in dis.get_instructions(code) if instruction.opname == 'STORE_NAME'}
+    for key, value in settings.items():
+        if names.get(key) != value:
+            assigned.setdefault(key, 0)  # by a function of the file (`global`), at some line
     # Keep the settings among them.
     found = {}
     for key, line in assigned.items():
@@ -241,7 +244,7 @@ def check_ranges(config, defaults):
             raise ValueError(f'{key} must be at least 1; got {value}')
         if key in AT_LEAST_ZERO and value < 0:
             raise ValueError(f'{key} must be at least 0; got {value}')
-        if key in AT_MOST_ONE and not 0 <= value <= 1:
+        if key in FROM_ZERO_TO_ONE and not 0 <= value <= 1:
             raise ValueError(f'{key} must be from 0 to 1; got {value}')
         if key in ABOVE_ZERO and value <= 0:
             raise ValueError(f'{key} must be above 0; got {value}')
@@ -420,6 +423,7 @@ def one_line_errors(kind, error, trace):
 # -----------------------------------------------------------------------------
 # Device, precision, compilation and ranks
 
+
 @dataclass
 class Run:
     """What a run computes on, as start_run chose it."""
@@ -440,7 +444,7 @@ def choose_device(setting):
                  'cpu': True}
     if setting == 'auto':
         return next(name for name in available if available[name]), False
-    device_type = str(setting).split(':')[0]  # a config file may set it to True
+    device_type = str(setting).split(':')[0]  # --device=true sets it to True
     if device_type not in available:
         raise ValueError(f"device must be 'auto' or one of {', '.join(available)}; got {setting!r}")
     if not available[device_type]:
@@ -648,6 +652,7 @@ def peak_memory_mb(device_type='cpu'):
 # -----------------------------------------------------------------------------
 # Seeds and the schedule
 
+
 def seed_for(seed, purpose, *where):
     """
     A seed that is a pure function of the run's seed, the purpose ('batches', 'dropout', ...), and
@@ -766,10 +771,11 @@ def check_optimizer_state(index, state, parameters, names):
 # -----------------------------------------------------------------------------
 # Checkpoints: plain dicts of tensors and primitives, never half-written, never run as code
 
+
 @contextlib.contextmanager
 def errors_name_setting(setting, path):
-    """An OSError, such as of a full disk, a read-only folder, or a file where a folder is expected,
-    names the setting that chose the path."""
+    """A context in which an OSError, such as of a full disk, a read-only folder, or a file where a
+    folder is expected, is raised again with a message that names the setting of the path."""
     try:
         yield
     except OSError as error:
@@ -934,8 +940,8 @@ def read_checkpoint(path):
         # A checkpoint is a zip archive, whose checksums tell damage.
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
-            if size > os.path.getsize(path):  # its members are not compressed
-                raise ValueError('truncated file')
+            if size > os.path.getsize(path):
+                raise ValueError('compressed members, which this program never writes')
             damaged = archive.testzip()
             if damaged:
                 raise ValueError(f'wrong checksum of {damaged}')
@@ -969,9 +975,10 @@ def move_old_run_aside(out_dir):
 # -----------------------------------------------------------------------------
 # Stopping
 
+
 class StopSignal:
-    """SIGTERM and Ctrl-C end the step, not the process: the loop asks `requested`, saves, and exits
-    with `exit_code`. A second Ctrl-C quits at once."""
+    """SIGTERM and Ctrl-C end the step, not the process: the loop asks by_any_rank, saves, and calls
+    end_training. A second Ctrl-C quits at once."""
 
     def __init__(self):
         self.requested = False
@@ -990,12 +997,13 @@ class StopSignal:
         requested = torch.tensor(float(self.requested), device=run.device)
         return sum_over_ranks(requested).item() > 0
 
-    def end_training(self, run, stopping, step, out_dir):
+    def end_training(self, run, stopping, step, config):
         """End the ranks' work together: only rank 0 returns. If a signal stopped the run, rank 0
         prints the command that resumes it and exits too."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on they end the process again
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        exit_code = self.exit_code or 128 + signal.SIGTERM  # 0: another rank received the signal
+        # exit_code is 0 here if only another rank received the signal.
+        exit_code = self.exit_code or 128 + signal.SIGTERM
         if run.world_size > 1:
             torch.distributed.barrier()  # no rank leaves while another still works
             torch.distributed.destroy_process_group()
@@ -1006,9 +1014,11 @@ class StopSignal:
                 os._exit(exit_code if stopping else 0)
         if stopping:
             script = os.path.basename(sys.argv[0])
-            # What names code must be given again, see resume().
-            code = [argument for argument in sys.argv if '.py:' in argument]
-            command = shlex.join([script, '--init_from=resume', f'--out_dir={out_dir}', *code])
+            words = [script, '--init_from=resume', f"--out_dir={config['out_dir']}"]
+            for key in CODE_SETTINGS:  # they must be given again, see resume()
+                if config.get(key, '') not in NO_CODE:
+                    words.append(f'--{key}={config[key]}')
+            command = shlex.join(words)
             print(printable(f'stopped at step {step}; resume with: python {command}'))
             sys.exit(exit_code)
 
@@ -1173,7 +1183,7 @@ def is_record(value):
     figures = value
     if value.keys() == {'final'}:
         figures = value['final']
-    elif type(value.get('step')) is not int:
+    elif type(value.get('step')) is not int or abs(value['step']) > 2 ** 53:
         return False
     if not isinstance(figures, dict):
         return False

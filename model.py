@@ -157,6 +157,7 @@ def make_norm(config, size):
 # -----------------------------------------------------------------------------
 # Positions
 
+
 def sinusoidal(pos, n_embd):
     """Position encodings of arXiv 1706.03762, section 3.5: sin(pos / 10000^(2i/C)) in the even
     channels, the cosine in the odd ones. pos (..., T) -> (..., T, C)."""
@@ -248,6 +249,7 @@ def visible(q_pos, k_pos, window, n_sink, causal=True):
 
 # -----------------------------------------------------------------------------
 # Attention
+
 
 def attention(q, k, v, mask, dropout=0.0):
     """
@@ -533,6 +535,7 @@ class Attention(nn.Module):
 # -----------------------------------------------------------------------------
 # Feed-forward layers
 
+
 class MLP(nn.Module):
     """Linear, activation, linear: GELU (arXiv 1606.08415) as in GPT-2, or squared ReLU
     (arXiv 2109.08668). (..., C) -> (..., C)"""
@@ -707,6 +710,7 @@ class Block(nn.Module):
 
 # -----------------------------------------------------------------------------
 # The model
+
 
 def sampling_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
     """
@@ -1114,6 +1118,7 @@ class GPT(nn.Module):
 # -----------------------------------------------------------------------------
 # Heads
 
+
 class ScalarHead(nn.Module):
     """One number per hidden state: the reward of a response, or the value of each token. In
     float32. The weights start as N(0, std)."""
@@ -1193,6 +1198,7 @@ class RewardModel(nn.Module):
 
 # -----------------------------------------------------------------------------
 # Muon
+
 
 class Muon(torch.optim.Optimizer):
     """

@@ -138,6 +138,7 @@ class Policy(nn.Module):
 # per predicted token; mask is 1 on the tokens of the response, its end token included. update_loss
 # calls masked_mean and the losses with the N response tokens alone, (N,), and with weights as mask.
 
+
 def log_softmax(logits, temperature, suppress=()):
     """Log-probabilities (N, V) of the distribution that is sampled from, in float32. Ids in
     `suppress`, which pad the vocabulary, have probability 0."""
@@ -331,6 +332,7 @@ def minimum_kl(before, after):
 
 # Rollouts and scores
 
+
 def length_chunks(idx, size):
     """Yield (chunk, T): the indices of up to `size` rows of idx (B, T), padded with -1 on the
     right, and the longest length among them. Rows are taken in the order of length, to compute
@@ -436,6 +438,7 @@ def token_rewards(scores, log_ratio, mask, kl_coef):
 
 
 # Evaluation
+
 
 def evaluate(gpt, tok, rows, prompts, draws, max_new_tokens, temperature, run, generator,
              scorer):
@@ -857,7 +860,7 @@ if __name__ == '__main__':
         last_time = now
 
     # 13. the end: the figures of the test prompts, before and after
-    stop.end_training(run, stopping, step, out_dir)  # other ranks, and a stopped run, exit here
+    stop.end_training(run, stopping, step, config)  # other ranks, and a stopped run, exit here
     seconds = time.perf_counter() - began
     test_prompt_ids = encode_prompts([row['messages'] for row in test_rows], tok, block_size,
                                      max_new_tokens)

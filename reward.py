@@ -58,8 +58,8 @@ length_groups = 1                  # sort the pairs of this many steps by length
 causal = False                     # False = encoder, reads the whole response; True = decoder
 loss = 'bt'                        # 'bt' (Bradley-Terry) | 'margin' (ranking) | 'bt_margin' |
                                    # 'dpo' (trains the policy itself)
-flip_rate = 0.0                    # share of flipped labels that losses (not 'margin') and
-                                   # calibration assume
+flip_rate = 0.0                    # share of labels that are taken to be wrong, by all losses but
+                                   # 'margin' and by the calibration error
 margin = 1.0                       # of loss 'margin'; for 'bt_margin' a factor on pairs' margins
 denoise_weight = 1.0               # weight of an encoder's second task, to restore replaced tokens
 center_weight = 0.0                # weight of (chosen + rejected)^2, to centre the scores
@@ -77,7 +77,7 @@ grad_clip = 1.0                    # largest gradient norm; 0 = no clipping
 lr_schedule = 'linear'             # 'cosine' | 'linear' | 'wsd' | 'constant'
 warmup_iters = 20
 attn = 'auto'                      # 'auto' | 'sdpa' | 'manual'
-moe_aux_weight = 0.01              # weight of the load-balancing loss of 'aux'; a 'bias' stays
+moe_aux_weight = 0.01              # weight of the load-balancing loss of a model with experts
 # machine
 backend = 'nccl'                   # of torch.distributed on GPUs; on CPUs it is gloo
 device = 'auto'                    # 'auto' | 'cpu' | 'cuda' | 'cuda:1' | 'mps'
@@ -87,6 +87,7 @@ compile = 'auto'                   # 'auto' | True | False: torch.compile
 
 
 # Data. A pair is (chosen, rejected, row): each side (ids, mask), and the example it was made from.
+
 
 def prepare_pairs(rows, tok, block_size, verbose=True):
     """The pairs of rows with messages, chosen and rejected. Pairs whose sides are equal once
@@ -136,8 +137,8 @@ def get_batch(pairs):
 
 def tamper(idx, mask, blank, generator):
     """
-    The denoising task. Takes a batch of pairs, idx and mask (2B, T), and appends the B chosen
-    responses once more, with 40% of their tokens replaced: half of these by the id `blank`, half by
+    Add the denoising task to a batch of pairs, idx and mask (2B, T): its B chosen conversations
+    once more, with 40% of the response tokens replaced: half of these by the id `blank`, half by
     other tokens of the responses. Returns idx, mask and targets, each (3B, T); targets holds the
     original where a token was replaced, -1 elsewhere.
 
@@ -151,7 +152,7 @@ def tamper(idx, mask, blank, generator):
     random = torch.rand(is_response.shape, generator=generator, device=idx.device)
     replaced = is_response & (random < 0.4)
     random = torch.rand(is_response.shape, generator=generator, device=idx.device)
-    blanked = is_response & (random < 0.5)
+    blanked = random < 0.5
     if not replaced.any():  # the mean over no token would be NaN
         replaced = is_response
     pool = chosen[is_response]
@@ -164,6 +165,7 @@ def tamper(idx, mask, blank, generator):
 
 
 # Losses
+
 
 def log_choice(d, flip_rate=0.0):
     """
@@ -230,9 +232,10 @@ def score(model, reference, idx, mask, dpo_beta):
 
 # Figures that tell how good scores are
 
+
 def accuracy(d):
-    """The share of positive differences d (N,); a difference of 0 counts half."""
-    return ((d > 0).float().mean() + (d == 0).float().mean() / 2).item()
+    """The share of positive differences d (N,), a tensor; a difference of 0 counts half."""
+    return (d > 0).float().mean() + (d == 0).float().mean() / 2
 
 
 def auc(right, wrong):
@@ -295,7 +298,7 @@ def length_only_accuracy(rows, is_flipped):
     of preferring the longer and the shorter one."""
     longer = torch.tensor([float(len(row['chosen']) - len(row['rejected'])) for row in rows])
     longer = torch.where(is_flipped, -longer, longer)
-    return max(accuracy(longer), accuracy(-longer))
+    return max(accuracy(longer).item(), accuracy(-longer).item())
 
 
 def pair_figures(chosen, rejected, rows, gold=None, flip_rate=0.0):
@@ -333,10 +336,10 @@ def pair_figures(chosen, rejected, rows, gold=None, flip_rate=0.0):
     scores = torch.stack((chosen, rejected))
 
     figures = {
-        'accuracy': accuracy(d),
-        'accuracy_clean': accuracy(d_clean),
+        'accuracy': accuracy(d).item(),
+        'accuracy_clean': accuracy(d_clean).item(),
         'noise_ceiling': 1 - is_flipped.float().mean().item(),
-        'accuracy_one_right': accuracy(d_clean[one_right]) if one_right.any() else None,
+        'accuracy_one_right': accuracy(d_clean[one_right]).item() if one_right.any() else None,
         'auc': auc(scores[correct], scores[~correct]) if both_kinds else None,
         'calibration_error': cross_calibration_error(d, flip_rate),
         'score_std': scores.std().item(),
@@ -394,6 +397,7 @@ def score_moments(reward_model, policy, tok, prompts, max_new_tokens, generator,
 
 # Models
 
+
 def make_models(policy, loss, causal, seed, device):
     """
     (model, reference) at the start of training. For DPO a copy of the policy, and the policy itself
@@ -412,6 +416,7 @@ def make_models(policy, loss, causal, seed, device):
 
 
 # Sanity checks: each returns (ok, message)
+
 
 def differences(model, reference, pairs, dpo_beta, device):
     """The differences (B,) of the scores of the two sides of pairs."""
@@ -513,10 +518,9 @@ if __name__ == '__main__':
         config = dict(config, init_from='resume')
     config, checkpoint = resume(config, overrides, fixed)
     globals().update(config)
-    # The run's first starting point; resume() has restored init_from.
     if reference_dir and not checkpoint:
         raise ValueError('reference_dir is for a resumed run; a new one starts from init_from')
-    source = reference_dir or init_from
+    source = reference_dir or init_from  # resume() has restored init_from, the first start
     if checkpoint:
         check_not_moved(source)
     first_step = checkpoint.get('step', 0)
@@ -536,7 +540,8 @@ if __name__ == '__main__':
     check_response = load_gold(dataset, gold)
     policy, tok = load_chat_model(source, config)
     block_size = policy.config.block_size
-    # The token that replaces others in the denoising task: one that occurs in no response.
+    # The token that replaces others in the denoising task: if possible, one that occurs in no
+    # response.
     blank = tok.special.get('<|pad|>', tok.end_of_text)
     if blank is None:
         blank = tok.chat_end
@@ -568,7 +573,8 @@ if __name__ == '__main__':
             print('ok    ' if ok else 'FAILED', message, flush=True)
             failures += not ok
         sys.exit(1 if failures else 0)
-    train_pairs.sort(key=lambda pair: len(pair[0][0]))  # the numbers of grouped_order are by length
+    # By length of the chosen side: grouped_order sorts the numbers of pairs, and so their lengths.
+    train_pairs.sort(key=lambda pair: len(pair[0][0]))
     trunk = model if loss == 'dpo' else model.trunk
     optimizers = trunk.optimizers(optimizer, learning_rate, weight_decay, (0.9, 0.95), muon_lr)
     if loss != 'dpo':
@@ -648,18 +654,15 @@ if __name__ == '__main__':
             n_pairs = len(micro_batch)
             chosen = scores[:n_pairs].float()
             rejected = scores[n_pairs:2 * n_pairs].float()
-            if loss == 'dpo':
-                micro_loss = pairwise_loss(chosen, rejected, 'bt', flip_rate=flip_rate)
-            elif loss == 'bt_margin':
-                micro_loss = pairwise_loss(chosen, rejected, loss, margin * margins, flip_rate)
-            else:
-                micro_loss = pairwise_loss(chosen, rejected, loss, margin, flip_rate)
+            kind = 'bt' if loss == 'dpo' else loss
+            pair_margin = margin * margins if loss == 'bt_margin' else margin
+            micro_loss = pairwise_loss(chosen, rejected, kind, pair_margin, flip_rate)
             micro_loss = micro_loss + center_weight * (chosen + rejected).square().mean()
             total = micro_loss + denoise_weight * denoise_loss + moe_aux_weight * trunk.aux_loss()
             run.scaler.scale(total / len(micro_batches)).backward()
             mean_loss += micro_loss.detach() / len(micro_batches)
             mean_denoise_loss += denoise_loss.detach() / len(micro_batches)
-            mean_accuracy += (chosen > rejected).float().mean() / len(micro_batches)
+            mean_accuracy += accuracy(chosen - rejected) / len(micro_batches)
 
         # 7. clip and step
         for o in optimizers:
@@ -698,7 +701,7 @@ if __name__ == '__main__':
         last_time = time.perf_counter()
 
     # 9. the end: the figures of the test pairs, the mean and variance of the scores, the last save
-    stop.end_training(run, stopping, step, out_dir)  # other ranks, and a stopped run, exit here
+    stop.end_training(run, stopping, step, config)  # other ranks, and a stopped run, exit here
     seconds = time.perf_counter() - began
     test_pairs = prepare_pairs(test_rows, tok, block_size)
     print(f'evaluating on {len(test_pairs):,} pairs', flush=True)

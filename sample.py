@@ -40,7 +40,8 @@ stream = False            # print each sample token by token
 chat = False              # chat with the model
 system = ''               # system prompt of the chat
 prompts = ''              # a file of prompts to answer, JSON Lines
-answers = 'answers.jsonl'  # the file to write: the lines of that file, each with a "response"
+answers = 'answers.jsonl'  # the file to write: the lines of that file, each with a "response"; a
+                           # file that exists is replaced only if it is named
 best_of = 1               # keep the best of this many responses to each prompt, by their scores
 reward_model = 'out/reward'  # folder of the reward model that scores them
 missing_end_score = -3.0  # replaces the score of a response without an end token, as in ppo.py
@@ -62,18 +63,18 @@ compile = False           # has no effect; accepted so that nanoGPT's command li
 
 # Prompts and responses, for this script and for the other stages
 
+
 def prompt_ids(messages, tok):
-    """The ids of a conversation that ends with the user, up to where the response begins: the
-    marker that opens it is the last id."""
+    """The ids of a conversation that ends with the user, with what opens the response at their
+    end."""
     return render_chat(messages, tok)[0]
 
 
 def prompt_limit(tok, block_size, max_new_tokens):
     """
-    The largest number of tokens that are kept of a prompt: block_size - max_new_tokens, the room
-    that a response leaves, but at least the number of the chat format's markers plus half of
-    block_size (a long response then streams past block_size), and at most block_size. ValueError if
-    nothing of a question would be kept.
+    The largest number of tokens that are kept of a prompt: block_size - max_new_tokens, but at
+    least the markers of the chat format and half of block_size (a longer response then streams past
+    block_size), and never more than block_size. ValueError if nothing of a question would be kept.
     """
     n_markers = len(prompt_ids([{'role': 'user', 'content': ''}], tok))
     limit = max(block_size - max_new_tokens, n_markers + block_size // 2)
@@ -122,7 +123,8 @@ def pad_left(rows, device='cpu'):
 def answer(model, tok, prompts, max_new_tokens, batch_size=250, **sampling):
     """
     Responses to prompts (lists of ids): [(text, ended)], ended telling whether it has an end token.
-    `sampling`: temperature, top_k, top_p, use_cache and generator, as GPT.generate takes them.
+    max_new_tokens: 0 = what the context leaves, see response_room. `sampling`: temperature, top_k,
+    top_p, use_cache and generator, as GPT.generate takes them.
     """
     suppress = tok.missing_ids(model.config.vocab_size)
     responses = [None] * len(prompts)
@@ -132,8 +134,8 @@ def answer(model, tok, prompts, max_new_tokens, batch_size=250, **sampling):
         numbers = chunk.tolist()
         idx = pad_left([prompts[i] for i in numbers], model.wte.weight.device)
         with fast_decoding(model, len(numbers)):
-            out = model.generate(idx, max_new_tokens, stop=tok.eos_ids, suppress=suppress,
-                                 **sampling)
+            n_new = response_room(idx.size(1), model.config.block_size, max_new_tokens)
+            out = model.generate(idx, n_new, stop=tok.eos_ids, suppress=suppress, **sampling)
         for i, ids in zip(numbers, out[:, idx.size(1):].tolist()):
             new = [token for token in ids if token != -1]
             ended = new[-1] in tok.eos_ids
@@ -177,11 +179,12 @@ def exact_match(responses, gold):
 # -----------------------------------------------------------------------------
 # Faster decoding on a CPU
 
+
 @contextlib.contextmanager
 def fast_decoding(model, n_rows):
     """
     A context in which a CPU generates faster, n_rows responses at a time; on other devices it does
-    nothing. Code without it computes the same logits, up to rounding.
+    nothing. Outside this context the same code computes the same logits, up to rounding.
 
     It replaces the forward of large linear layers by a function of fast_linear, which may hold a
     copy of the weights. So inside the context the weights must not change, and no gradients are
@@ -295,6 +298,7 @@ def print_stream(model, tok, ids, stop, sampling):
 
 # A conversation in the terminal
 
+
 def more_input_waits(seconds=0.05):
     """Whether the terminal has more input than the line that was just read: the rest of a paste."""
     if not sys.stdin.isatty():
@@ -376,12 +380,11 @@ def answer_file(model, tok, path, out, scorer, n, missing_end_score, batch_size,
     conversations = [row['messages'] for row in to_examples(records, path, 'prompt')]
     block_size = model.config.block_size
     encoded = encode_prompts(conversations, tok, block_size, max_new_tokens or DEFAULT_NEW_TOKENS)
-    n_new = response_room(max(map(len, encoded)), block_size, max_new_tokens)
     with errors_name_setting('answers', out), open(out, 'a', encoding='utf-8'):
         pass  # an output that cannot be written is reported before the work
     repeated = [ids for ids in encoded for _ in range(n)]
-    print(f'answering {len(repeated):,} prompts, at most {n_new} tokens each', flush=True)
-    responses = answer(model, tok, repeated, n_new, batch_size, **sampling)
+    print(f'answering {len(repeated):,} prompts', flush=True)
+    responses = answer(model, tok, repeated, max_new_tokens, batch_size, **sampling)
     if scorer is None:
         texts = [text for text, _ in responses]
     else:
@@ -396,7 +399,9 @@ def answer_file(model, tok, path, out, scorer, n, missing_end_score, batch_size,
 
 if __name__ == '__main__':
     # 1. settings, model, machine
-    config, _ = configure(globals())
+    config, overrides = configure(globals())
+    if prompts and 'answers' not in overrides and os.path.exists(answers):
+        raise ValueError(f'{answers} exists; name the file to write: --answers=FILE')
     source = out_dir if init_from == 'resume' else init_from
     stage = None  # the one that trained a model of ours
     if is_run(source, out_dir):
@@ -408,7 +413,7 @@ if __name__ == '__main__':
     if (chat or prompts) and chat_format(tok) is None:
         raise ValueError(f'{source}: the tokenizer has no special tokens for chats; teach the '
                          f'model to respond: python sft.py --init_from={source}')
-    run = start_run(config, flops=0)
+    run = start_run(dict(config, compile=False), flops=0)
     model.to(run.device).eval()
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, use_cache=use_cache,
                     generator=generator_for(seed, 'sample', device=run.device))

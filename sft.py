@@ -70,7 +70,7 @@ lr_schedule = 'linear'             # 'cosine' | 'linear' | 'wsd' | 'constant'
 warmup_iters = 20
 dropout = 0.0
 attn = 'auto'                      # 'auto' | 'sdpa' | 'manual'
-moe_aux_weight = 0.01              # weight of the load-balancing loss of 'aux'; a 'bias' stays
+moe_aux_weight = 0.01              # weight of the load-balancing loss of a model with experts
 # machine
 backend = 'nccl'                   # of torch.distributed on GPUs; on CPUs it is gloo
 device = 'auto'                    # 'auto' | 'cpu' | 'cuda' | 'cuda:1' | 'mps'
@@ -79,18 +79,13 @@ compile = 'auto'                   # 'auto' | True | False: torch.compile
 # -----------------------------------------------------------------------------
 
 
-def keeps_a_question(mask, messages, tok):
-    """Whether an example that was truncated on the left still has, before its last response, room
-    for the markers of the chat format and the last word of the prompt."""
-    n_response = 0
-    for counted in reversed(mask):
-        if not counted:
-            break
-        n_response += 1
-    n_kept = len(mask) - n_response  # tokens before the last response
+def keeps_a_question(messages, n_cut, tok):
+    """Whether a conversation of which the first n_cut tokens are cut still has, before its last
+    response, room for the markers of the chat format and the last word of the prompt."""
+    n_kept = len(prompt_ids(messages[:-1], tok)) - n_cut  # tokens before the last response
     n_markers = len(prompt_ids([{'role': 'user', 'content': ''}], tok))
-    last_word = messages[-2]['content'].split()[-1:]
-    return n_kept >= n_markers + len(tok.encode(''.join(last_word)))
+    last_word = ''.join(messages[-2]['content'].split()[-1:])  # '' if there is none
+    return n_kept >= n_markers + len(tok.encode(last_word))
 
 
 def prepare_examples(rows, tok, block_size, verbose=True):
@@ -105,10 +100,12 @@ def prepare_examples(rows, tok, block_size, verbose=True):
     n_skipped = 0
     for row in rows:
         ids, mask = render_chat(row['messages'], tok)
-        if len(ids) > block_size + 1:
-            ids = ids[-block_size - 1:]
-            mask = mask[-block_size - 1:]
-            if not keeps_a_question(mask, row['messages'], tok):
+        n_cut = len(ids) - (block_size + 1)  # the model reads ids[:-1] and predicts ids[1:]
+        if n_cut > 0:
+            ids = ids[n_cut:]
+            mask = mask[n_cut:]
+            # A response of weight 0 may be all that is left.
+            if not keeps_a_question(row['messages'], n_cut, tok) or not any(mask[1:]):
                 n_skipped += 1
                 continue
             n_truncated += 1
@@ -233,9 +230,9 @@ def response_loss(model, examples, batch_size, run):
 
 def evaluate(model, tok, rows, prompts, draws, max_new_tokens, run, generator):
     """
-    (figures, responses): the greedy responses to prompts, and figures that compare them, and
-    `draws` samples at temperature 1 of each prompt, with the gold responses of the rows; where rows
-    have an "op", also for each of these.
+    Returns (figures, responses). The responses are the greedy ones. The figures tell how these, and
+    `draws` samples of each prompt at temperature 1, agree with the gold responses of the rows, also
+    for each "op" that rows have.
     """
     gold = [row['messages'][-1]['content'] for row in rows]
     with run.autocast:
@@ -271,7 +268,6 @@ if __name__ == '__main__':
     config, overrides = configure(globals())
     config, checkpoint = resume(config, overrides, fixed={'optimizer', 'dataset'})
     globals().update(config)
-    source = init_from  # the run's first starting point: resume() has restored init_from
     first_step = checkpoint.get('step', 0)
     check_choice(config, 'curriculum', ('none', 'short_to_long'))
 
@@ -280,7 +276,7 @@ if __name__ == '__main__':
     val_rows = load_examples(dataset, 'sft_val', 'sft')
     # The test prompts have gold responses, so they can be read as demonstrations.
     test_rows = load_examples(dataset, test_split, 'sft', default=val_rows)[:test_prompts]
-    model, tok = load_chat_model(checkpoint or source, config)  # the checkpoint on resume
+    model, tok = load_chat_model(checkpoint or init_from, config)  # the checkpoint on resume
     train_examples = prepare_examples(train_rows, tok, model.config.block_size)
     val_examples = prepare_examples(val_rows, tok, model.config.block_size)
     by_length = sorted(range(len(train_examples)), key=lambda i: len(train_examples[i][0]))
@@ -342,6 +338,7 @@ if __name__ == '__main__':
             figures, responses = evaluate(model, tok, eval_rows, val_prompts, 1, max_new_tokens,
                                           run, generator_for(seed, 'evaluation', step,
                                                              device=run.device))
+            # A part is enough here; the final response_loss is that of all examples.
             loss = response_loss(model, val_examples[:1000], batch_size, run)
             logger.log(step, {'response_loss': loss, **figures})
             for row, response in zip(eval_rows[:4], responses):
@@ -406,7 +403,7 @@ if __name__ == '__main__':
         last_time = now
 
     # 9. the end: the figures of the test prompts, and the loss of all validation responses
-    stop.end_training(run, stopping, step, out_dir)  # other ranks, and a stopped run, exit here
+    stop.end_training(run, stopping, step, config)  # other ranks, and a stopped run, exit here
     seconds = time.perf_counter() - began
     print(f'evaluating on {len(test_rows):,} prompts, with {1 + test_draws} responses each',
           flush=True)

@@ -410,7 +410,7 @@ if __name__ == '__main__':
         last_time = now
 
     # 9. the end
-    stop.end_training(run, stopping, step, out_dir)  # other ranks, and a stopped run, exit here
+    stop.end_training(run, stopping, step, config)  # other ranks, and a stopped run, exit here
     n_steps = step - first_step  # of this process
     logger.final({'val_loss': val_loss, 'val_bpb': val_bpb,
                   'val_nats_per_byte': val_loss / bytes_per_token,

@@ -72,7 +72,7 @@ def read_points(folder, first):
         for key, value in record.items():
             # A number that was not finite is logged as null.
             if key != 'step' and value is not None:
-                points.append((record['step'], key, value))
+                points.append((record['step'], key, float(value)))
     return points
 
 

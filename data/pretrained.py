@@ -357,6 +357,7 @@ def export_problem(config):
 
 # ----- The names of the weights
 
+
 def published_weights(model, family):
     """{name in a file of the family: the same weight, as a view of ours}.
 
@@ -628,6 +629,7 @@ def load_pretrained(name_or_dir, dtype=None, **flags):
 
 # ----- EOS
 
+
 def eos_ids_of(tokenizer):
     """The ids at which generation stops: those of its model, or else the end of a document and of
     a response."""
@@ -662,6 +664,7 @@ def read_eos_ids(folder, vocab_size):
 
 
 # ----- Saving a Hugging Face folder
+
 
 def save_pretrained(model, folder, tokenizer=None):
     """Write a folder that AutoModelForCausalLM and, given a tokenizer, AutoTokenizer open.
@@ -741,6 +744,7 @@ def to_json(content):
 
 
 # ----- Loading a checkpoint
+
 
 def config_of(checkpoint):
     """The GPTConfig of a checkpoint. ValueError if a name or a type is not one of GPTConfig's."""
@@ -882,6 +886,7 @@ def tokenizer_of(checkpoint):
 # ----- What --init_from names
 
 HUB_NAME = re.compile(r'\w[\w.-]*(/\w[\w.-]*)?')
+
 
 def is_run(source, out_dir):
     """True if `source` is a run's folder or checkpoint, False if it is a Hugging Face model."""

@@ -138,7 +138,8 @@ DAMAGED_LINES = b'\n'.join([
     b'{}', b'{"loss": 3.0}', b'{"step": "x"}', b'{"step": null, "loss": 1.0}',
     b'{"step": [1], "loss": 1.0}', b'{"step": 1.5, "loss": 1.0}', b'{"step": 0, "loss": "x"}',
     b'{"step": 0, "loss": [2]}', b'{"step": 0, "loss": true}',
-    b'{"step": 0, "loss": 1' + b'0' * 400 + b'}', b'{"final": {"loss": "low"}}', b'{"step": NaN}',
+    b'{"step": 0, "loss": 1' + b'0' * 400 + b'}', b'{"step": 1' + b'0' * 70 + b', "loss": 1.0}',
+    b'{"final": {"loss": "low"}}', b'{"step": NaN}',
     b'{"step": 0, "final": {"loss": 2.0}}',
     b'{"final": 3}', b''])
 

@@ -495,6 +495,8 @@ def junk_setting(rng, script):
             continue
         if isinstance(value, str) and ('..' in value or value == '/' or '\0' in value):
             continue  # a user may write where he likes, and an argument has no NUL
+        if name == 'input' and value == '':
+            continue  # the published file is downloaded
         return name, value
 
 

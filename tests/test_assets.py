@@ -69,6 +69,14 @@ def test_the_curves_of_a_run_are_drawn_losses_first_without_values_that_are_not_
     assert panels['loss'] == {folder: ([0, 1, 3], [3.0, 2.0, 1.0])}
 
 
+def test_a_number_of_seventy_digits_in_a_log_is_drawn(tmp_path, figures):
+    number = '1' + 70 * '0'
+    (tmp_path / 'log.jsonl').write_text(
+        f'{{"step": 0, "loss": {number}}}\n{{"step": {number}, "loss": 1}}\n')
+    draw_curves([str(tmp_path)], str(tmp_path / 'curves.png'))
+    assert panels_of(figures[0])['loss'] == {str(tmp_path): ([0], [1e70])}
+
+
 def test_the_axes_are_labelled_with_units(tmp_path, figures):
     folder = write_run(tmp_path / 'run', [3.0, 2.0])
     Logger(folder, {}, step=2).log(2, {'val_loss': 2.0, 'moe/layer_0/expert_0': 0.5})

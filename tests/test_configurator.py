@@ -1085,7 +1085,7 @@ def test_after_training_signals_end_the_process_again(restored_handlers, tmp_pat
     stop = StopSignal()
     assert signal.getsignal(signal.SIGTERM) == stop.handle
     run = types.SimpleNamespace(world_size=1, is_master=True)
-    stop.end_training(run, stopping=False, step=3, out_dir=str(tmp_path))
+    stop.end_training(run, stopping=False, step=3, config={'out_dir': str(tmp_path)})
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
@@ -1492,7 +1492,7 @@ def test_a_small_file_that_unpacks_to_a_large_one_is_refused(tmp_path):
 
     rewrite_zip(path, enlarge, zipfile.ZIP_DEFLATED)
     assert os.path.getsize(path) < 10 ** 6
-    with pytest.raises(ValueError, match='truncated file'):
+    with pytest.raises(ValueError, match='compressed members'):
         load_checkpoint(path)
 
 

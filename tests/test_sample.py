@@ -473,14 +473,34 @@ def test_a_bad_line_of_prompts_is_named_and_nothing_is_written(trained_run, tmp_
     assert read_jsonl(tmp_path / 'a.jsonl') == [{'response': 'earlier'}]
 
 
-def test_responses_to_a_file_take_what_the_context_leaves_the_longest_prompt(
-        random_run, tmp_path):
+def test_responses_to_a_file_take_what_the_context_leaves_the_prompts_of_their_batch(
+        random_run, tmp_path, monkeypatch):
     write_jsonl(tmp_path / 'prompts.jsonl', [{'prompt': 'the'}, {'prompt': 'a queen'}])
-    printed = ok(call('sample.py', *CPU, f'--out_dir={random_run}',
-                      f'--prompts={tmp_path}/prompts.jsonl', f'--answers={tmp_path}/a.jsonl'))
-    # <|user|>a queen<|end|><|assistant|> has 10 tokens, and the context 32.
-    assert 'answering 2 prompts, at most 22 tokens each\n' in printed
-    assert all(len(row['response'].encode()) <= 22 * 3 for row in read_jsonl(tmp_path / 'a.jsonl'))
+    generate = GPT.generate
+    limits = []
+
+    def record(model, idx, max_new_tokens, **options):
+        limits.append(max_new_tokens)
+        return generate(model, idx, max_new_tokens, **options)
+
+    monkeypatch.setattr(GPT, 'generate', record)
+    for batch_size in (1, 2):
+        ok(call('sample.py', *CPU, f'--out_dir={random_run}', f'--batch_size={batch_size}',
+                f'--prompts={tmp_path}/prompts.jsonl', f'--answers={tmp_path}/a.jsonl'))
+    # <|user|>a queen<|end|><|assistant|> has 10 tokens, the other prompt fewer, the context 32.
+    shorter, longer, both = limits
+    assert longer == both == 22
+    assert shorter > 22
+
+
+def test_an_existing_file_is_replaced_by_answers_only_if_it_is_named(
+        trained_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / 'answers.jsonl', [{'prompt': 'a'}])
+    message = one_line(call('sample.py', *CPU, f'--out_dir={trained_run}',
+                            '--prompts=answers.jsonl'))
+    assert 'answers.jsonl exists' in message and '--answers=FILE' in message
+    assert read_jsonl(tmp_path / 'answers.jsonl') == [{'prompt': 'a'}]
 
 
 def test_answers_that_cannot_be_written_are_an_error_before_any_response(

@@ -25,6 +25,10 @@ USER = tok.special['<|user|>']
 ASSISTANT = tok.special['<|assistant|>']
 END = tok.special['<|end|>']
 
+# A tokenizer of bytes with the chat format of SmolLM2 and Qwen
+CHATML = Tokenizer({i: bytes([i]) for i in range(256)},
+                   special={'<|endoftext|>': 256, '<|im_start|>': 257, '<|im_end|>': 258})
+
 
 def chat(prompt, response):
     """A demonstration: a row with one message by the user and one by the assistant."""
@@ -92,6 +96,32 @@ def test_an_example_is_skipped_if_the_last_word_of_its_prompt_would_be_cut(promp
         examples = sft.prepare_examples([chat(prompt, 'b' * n), chat('a', 'b')], tok, 20)
         assert len(examples) == 1 + is_kept
         assert examples[0][1].sum() == (n if is_kept else 1) + 1
+
+
+@pytest.mark.parametrize('chat_tok', [tok, CHATML], ids=['ours', 'chatml'])
+def test_no_example_keeps_a_response_without_a_question(chat_tok):
+    n_markers = len(render_chat([{'role': 'user', 'content': ''}], chat_tok)[0])
+    n_end = len(render_chat(chat('', '')['messages'], chat_tok)[0]) - n_markers
+    for n in range(1, 40):
+        # n letters, with all that the format writes around them, against a context of 32
+        rows = [chat('why not?', 'x' * n), chat('a', 'b')]
+        examples = sft.prepare_examples(rows, chat_tok, 32, verbose=False)
+        has_room = n_markers + len('not?') + n + n_end <= 32 + 1
+        assert len(examples) == 1 + has_room, n
+
+
+def test_responses_of_weight_0_are_read_but_not_counted():
+    messages = [*chat('a', 'bad')['messages'], *chat('b', 'OK')['messages']]
+    messages[1]['weight'] = 0
+    messages[3]['weight'] = 1
+    [(ids, mask)] = sft.prepare_examples([{'messages': messages}], tok, 64)
+    assert ids[mask > 0].tolist() == [*b'OK', END]
+
+    # An example of which only a response of weight 0 is left is skipped.
+    messages = [*chat('a', 'x' * 30)['messages'], *chat('b', 'bad')['messages']]
+    messages[3]['weight'] = 0
+    rows = [{'messages': messages}, chat('a', 'b')]
+    assert len(sft.prepare_examples(rows, tok, 8)) == 1
 
 
 def test_long_examples_are_truncated_on_the_left_or_skipped_and_the_numbers_are_printed(capsys):
