@@ -1170,8 +1170,10 @@ class Logger:
         if self.wandb:
             self.wandb.summary.update(figures)
             self.wandb.finish()
-        texts = [f'{name} {value:,.4f}' if isinstance(value, float) else f'{name} {value}'
-                 for name, value in figures.items()]
+        texts = []
+        for name, value in figures.items():
+            digits = '.4f' if isinstance(value, float) and abs(value) < 1000 else '.0f'
+            texts.append(f'{name} {value:,{digits}}')
         print(printable(f"final: {', '.join(texts)}"))
         self.lock.release()
 

@@ -577,12 +577,12 @@ if __name__ == '__main__':
     if batch_size % responses_per_prompt:
         raise ValueError(f'batch_size {batch_size} must be a multiple of group_size {group_size}')
 
-    # 2. prompts and models
+    # 2. models and prompts
+    reference, tok = load_chat_model(source, config)
     train_rows = load_examples(dataset, 'prompts_train', 'prompt')
     val_rows = load_examples(dataset, 'prompts_val', 'prompt')
     test_rows = load_examples(dataset, test_split, 'prompt', default=val_rows)[:test_prompts]
     eval_rows = val_rows[:eval_prompts]
-    reference, tok = load_chat_model(source, config)
     suppress = tok.missing_ids(reference.config.vocab_size)
     block_size = reference.config.block_size
     # prompt_limit leaves at least half of the context to prompts, however long responses may be.

@@ -530,7 +530,8 @@ if __name__ == '__main__':
     if flip_rate >= 0.5:
         raise ValueError(f'flip_rate must be below 0.5; got {flip_rate}')
 
-    # 2. data and models
+    # 2. models and data
+    policy, tok = load_chat_model(source, config)
     train_rows = load_examples(dataset, 'pref_train', 'preference')
     val_rows = load_examples(dataset, 'pref_val', 'preference')
     test_rows = load_examples(dataset, test_split, 'preference', default=val_rows)
@@ -538,7 +539,6 @@ if __name__ == '__main__':
         raise ValueError(f"loss='bt_margin' needs pairs with a margin, and those of {dataset} have "
                          "none; use 'bt'")
     check_response = load_gold(dataset, gold)
-    policy, tok = load_chat_model(source, config)
     block_size = policy.config.block_size
     # The token that replaces others in the denoising task: if possible, one that occurs in no
     # response.

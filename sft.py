@@ -271,12 +271,12 @@ if __name__ == '__main__':
     first_step = checkpoint.get('step', 0)
     check_choice(config, 'curriculum', ('none', 'short_to_long'))
 
-    # 2. data and model
+    # 2. model and data
+    model, tok = load_chat_model(checkpoint or init_from, config)  # the checkpoint on resume
     train_rows = load_examples(dataset, 'sft_train', 'sft')
     val_rows = load_examples(dataset, 'sft_val', 'sft')
     # The test prompts have gold responses, so they can be read as demonstrations.
     test_rows = load_examples(dataset, test_split, 'sft', default=val_rows)[:test_prompts]
-    model, tok = load_chat_model(checkpoint or init_from, config)  # the checkpoint on resume
     train_examples = prepare_examples(train_rows, tok, model.config.block_size)
     val_examples = prepare_examples(val_rows, tok, model.config.block_size)
     by_length = sorted(range(len(train_examples)), key=lambda i: len(train_examples[i][0]))

@@ -1,5 +1,5 @@
-# nanoGPT's first example: GPT-2's architecture on tiny Shakespeare, with characters as tokens, for
-# one GPU:
+# nanoGPT's first example: GPT-2's architecture on tiny Shakespeare, with bytes as tokens, which for
+# this text are its characters; for one GPU:
 #
 #     python train.py config/train_shakespeare_char.py
 #

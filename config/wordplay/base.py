@@ -9,6 +9,6 @@ out_dir = 'out/bytes'
 tokenizer = 'byte'
 max_iters = 300
 eval_interval = 150
-# An exercise has about 50 bytes. At the usual base of 10,000, half of the channels hardly rotate
-# within them; at 200 they do, and addition is learned sooner.
+# An instruction with its response has about 50 bytes. At the usual base of 10,000, half of the
+# channels hardly rotate within them; at 200 they do, and addition is learned sooner.
 rope_base = 200.0
