@@ -126,11 +126,12 @@ def draw_maps(maps, labels, path):
             # Subplots are numbered from 1, row by row.
             axis = figure.add_subplot(n_layer, n_head, layer * n_head + head + 1)
             axis.set_title(f'layer {layer}, head {head}', fontsize=9)
-            axis.imshow(weights.numpy(), cmap='Blues', vmin=0, vmax=1)
+            image = axis.imshow(weights.numpy(), cmap='Blues', vmin=0, vmax=1)
             axis.set_xticks(ticks, labels, fontsize=7)
             axis.set_yticks(ticks, labels, fontsize=7)
     figure.supxlabel('token attended to (key)')
     figure.supylabel('token that attends (query)')
+    figure.colorbar(image, ax=figure.axes, label='attention weight', shrink=0.6)
     figure.savefig(path, dpi=90)
 
 

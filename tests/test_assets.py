@@ -1,7 +1,8 @@
 """
 What the scripts in assets/ promise: the comparison of runs and their curves (draw.py), the
-attention maps (draw_attention.py) and the picture of the pipeline (draw_pipeline.py). Independent
-of them: the lines that matplotlib was given, and the outputs of the model's attention layers.
+attention maps (draw_attention.py), the distributions that are sampled from (draw_sampling.py) and
+the picture of the pipeline (draw_pipeline.py). Independent of them: what matplotlib was given, and
+the outputs of the model's attention layers.
 """
 import math
 import sys
@@ -162,7 +163,7 @@ def test_nothing_is_drawn_for_a_metric_that_is_not_logged(tmp_path, capsys):
 
 
 # -----------------------------------------------------------------------------
-# draw_attention.py and draw_pipeline.py
+# draw_attention.py, draw_sampling.py and draw_pipeline.py
 
 SMALL = dict(block_size=16, n_layer=2, n_head=4, n_embd=32)
 ARCHITECTURES = {
@@ -221,17 +222,33 @@ def test_the_script_draws_the_maps_of_a_run(small_base, tmp_path):
     assert path.read_bytes().startswith(b'\x89PNG')
 
 
+def test_each_panel_shows_what_is_predicted_and_what_is_sampled_from(
+        small_base, tmp_path, figures):
+    path = tmp_path / 'sampling.png'
+    printed = ok(call('assets/draw_sampling.py', f'--out_dir={small_base}', '--text=a rose',
+                      '--n_tokens=7', f'--out={path}'))
+    assert 'top_k 5:   5 tokens allowed' in printed
+    assert path.read_bytes().startswith(b'\x89PNG')
+    panels = {axis.get_title(): axis for axis in figures[0].axes}
+    sampled, predicted = panels['temperature 1.0'].containers
+    assert [bar.get_height() for bar in sampled] == [bar.get_height() for bar in predicted]
+    sampled, _ = panels['top_k 5'].containers
+    heights = [bar.get_height() for bar in sampled]
+    assert sum(heights[:5]) == pytest.approx(1) and heights[5:] == [0, 0]
+
+
 def test_the_script_draws_the_pipeline(tmp_path):
     path = tmp_path / 'pipeline.png'
     ok(call('assets/draw_pipeline.py', f'--out={path}'))
     assert path.read_bytes().startswith(b'\x89PNG')
 
 
-@pytest.mark.parametrize('script', ['assets/draw_attention.py', 'assets/draw_pipeline.py'])
+@pytest.mark.parametrize('script', ['assets/draw_attention.py', 'assets/draw_pipeline.py',
+                                    'assets/draw_sampling.py'])
 def test_the_scripts_name_matplotlib_if_it_is_missing(script, small_base, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     monkeypatch.setitem(sys.modules, 'matplotlib.patches', None)
     args = [f'--out={tmp_path / "picture.png"}']
-    if script == 'assets/draw_attention.py':
+    if script != 'assets/draw_pipeline.py':
         args.append(f'--out_dir={small_base}')
     assert 'pip install matplotlib' in one_line(call(script, *args))

@@ -267,7 +267,7 @@ def test_a_chapter_has_its_items_in_order_each_with_its_parts(path):
         if item:
             assert tuple(re.findall(r'(?m)^\*\*(\w+)\.\*\*', text)) == PARTS_OF_ITEM, item
             parts = dict(zip(PARTS_OF_ITEM, re.split(r'(?m)^\*\*\w+\.\*\*', text)[1:]))
-            assert '$$' in parts['Formula'], item
+            assert re.search(r'\$\$|```math', parts['Formula']), item
             assert code_blocks(parts['Code'], 'python'), item
             assert '>>> ' in parts['Example'], item
             assert code_blocks(parts['Run'], 'sh'), item
