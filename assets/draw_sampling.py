@@ -20,7 +20,7 @@ from model import sampling_probs
 out_dir = 'out/small'                   # folder of the run
 text = 'My lord, '                       # text to continue
 n_tokens = 20                           # tokens to show, the most probable ones
-out = 'assets/sampling.png'             # picture to write
+out = 'sampling.png'                    # picture to write
 # -----------------------------------------------------------------------------
 
 # The settings of each panel, as sampling_probs takes them.
