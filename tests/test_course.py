@@ -307,7 +307,6 @@ def test_the_examples_in_the_docstrings_of_the_tests_print_what_they_show():
         assert results.attempted > 0 and results.failed == 0
 
 
-@pytest.mark.skipif(len(CHAPTERS) < 2, reason='chapters 1 and 2 are missing')
 def test_selected_items_are_run_after_the_start_of_their_chapter():
     every_block = run_course.select_blocks([])
     first = run_course.select_blocks(['1'])
@@ -318,7 +317,6 @@ def test_selected_items_are_run_after_the_start_of_their_chapter():
         run_course.select_blocks(['1.3', '9', '1.9'])
 
 
-@pytest.mark.skipif(len(CHAPTERS) < 2, reason='chapters 1 and 2 are missing')
 def test_commands_of_the_course_run_in_a_shortened_form(tmp_path):
     copy = tmp_path / 'project'
     run_course.copy_project(copy)
