@@ -347,8 +347,8 @@ def resume(config, overrides, fixed):
     of_command_line = config
     config = dict(config)
     for key, saved in checkpoint['config'].items():
-        if key not in config or key == 'out_dir':
-            continue
+        if key not in config or key in ('out_dir', 'eval_only', 'check'):
+            continue  # these say what this command is to do
         if key not in overrides or key == 'init_from':
             config[key] = check_setting(path, key, saved, config)
         elif config[key] != saved and key in fixed:

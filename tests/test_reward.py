@@ -613,7 +613,8 @@ def test_check_prints_one_line_per_sanity_check(letters_data, small_reward, smal
             row['clean'] = False
         write_jsonl(tmp_path / f'pref_{split}.jsonl', rows)
     result = call('reward.py', *flags(CPU, dataset=tmp_path, init_from=small_sft.folder,
-                                      out_dir=small_reward.folder, check=True, learning_rate=3e-3))
+                                      out_dir=small_reward.folder, check=True, learning_rate=3e-3,
+                                      **checker_again(letters_data)))
     output = result.stdout + result.stderr
     lines = [line for line in result.stdout.splitlines() if line[:6] in ('ok    ', 'FAILED')]
     assert len(lines) == 7, output
@@ -626,7 +627,8 @@ def test_check_prints_one_line_per_sanity_check(letters_data, small_reward, smal
 def test_check_uses_the_causal_setting_of_the_run(letters_data, small_base, tmp_path):
     ok(call('reward.py', *flags(FAST, **with_checker(letters_data), init_from=small_base,
                                 out_dir=tmp_path, causal=True, max_iters=30)))
-    result = call('reward.py', '--check=True', f'--out_dir={tmp_path}')
+    result = call('reward.py', *flags(check=True, out_dir=tmp_path, **checker_again(letters_data)))
+    assert 'check:' not in result.stdout
     expected = f"length-only baseline: accuracy {final(tmp_path)['accuracy_clean']:.3f}"
     assert expected in result.stdout, result.stdout + result.stderr
 

@@ -869,11 +869,14 @@ def test_a_dataset_is_prepared_if_it_is_missing_and_again_for_another_tokenizer(
             (dict(tokenizer='bpe'), False),
             (dict(vocab_size=300), False),
             (dict(tokenizer='byte'), True)):
-        # 1. It is prepared with its last settings, except for those that are given.
+        # 1. It is prepared with its last settings, except for those that are given. A vocabulary
+        # size belongs to its tokenizer.
         prepared.clear()
+        if 'tokenizer' in changed:
+            settings.pop('vocab_size', None)
         printed = run_train(tmp_path / 'run', 'mine', max_iters=0, **changed)
-        expected = [flags(settings, **changed)] if is_prepared else []
-        assert prepared == expected
+        expected = [sorted(flags(settings, **changed))] if is_prepared else []
+        assert [sorted(arguments) for arguments in prepared] == expected
         assert ('preparing' in printed) == is_prepared
 
         # 2. Its tokenizer is the one that was asked for.
