@@ -2,7 +2,7 @@
 A trained model reads a text a hundred times as long as its block_size, with four kinds of cache:
 perplexity and memory of each, and a picture.
 
-    python tests/bench_stream.py [RUN_FOLDER] [PICTURE]     defaults: out/base assets/streaming.png
+    python tests/bench_stream.py [RUN_FOLDER] [PICTURE]     defaults: out/base out/streaming.png
 
 - windows, recomputed: no cache; each token is predicted from the block_size tokens before it, which
   are read anew. This is the quality to reach.
@@ -91,7 +91,7 @@ def draw(curves, T, picture):
 
 def main():
     folder = 'out/base'
-    picture = 'assets/streaming.png'
+    picture = 'out/streaming.png'
     if len(sys.argv) > 1:
         folder = sys.argv[1]
     if len(sys.argv) > 2:
