@@ -79,7 +79,7 @@ def draw_curves(curves, T, picture):
         means = [part.mean() for part in losses.split(8)]
         centers = [8 * i + 4 for i in range(len(means))]
         axis.plot(centers, means, label=name)
-    axis.axvline(T, color='gray', linestyle=':')
+    axis.axvline(T, color='gray', linestyle=':', label='end of the trained context')
     axis.legend()
     axis.grid(alpha=0.3)
     figure.savefig(picture, dpi=100)

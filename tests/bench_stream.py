@@ -82,6 +82,9 @@ def draw(curves, T, picture):
         perplexity = losses[:n_points * width].view(n_points, width).mean(dim=1).exp()
         centers = [width * (i + 0.5) for i in range(n_points)]
         axis.plot(centers, perplexity.numpy(), label=name)
+    # 20 instead of 2 x 10^1
+    axis.yaxis.set_major_formatter('{x:g}')
+    axis.yaxis.set_minor_formatter('{x:g}')
     axis.legend()
     axis.grid(alpha=0.3)
     os.makedirs(os.path.dirname(picture) or '.', exist_ok=True)
