@@ -9,7 +9,7 @@
 #     python assets/draw.py out/collapse-none out/collapse-aux out/collapse-bias \
 #         --metrics=moe/layer_1
 #
-# Result: @@
+# Result: @@ as in the chapter
 
 n_expert = 8
 n_expert_active = 1

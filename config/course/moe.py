@@ -6,7 +6,7 @@
 #     python train.py config/course/small.py config/course/moe.py
 #     python assets/draw.py out/dense out/moe --metrics=val_loss --first=100
 #
-# Result, in nats per byte: @@
+# Result, in nats per byte: @@ as in the chapter
 
 out_dir = 'out/moe'
 max_iters = 400

@@ -5,7 +5,7 @@
 #     python train.py config/course/small.py config/course/moe_hybrid.py
 #     python assets/draw.py out/moe out/moe_hybrid
 #
-# Result: @@
+# Result: @@ as in the chapter
 
 out_dir = 'out/moe_hybrid'
 max_iters = 400

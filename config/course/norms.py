@@ -14,7 +14,7 @@
 #
 # Result, in nats per byte:
 #
-# @@
+# @@ as in the chapter
 
 optimizer = 'adamw'
 learning_rate = 3e-3

@@ -9,7 +9,7 @@
 #     python assets/draw.py out/rope out/window-8 out/window-24 --metrics=val_loss --first=100
 #     python tests/bench_stream.py out/rope out/streaming.png
 #
-# Result, in nats per byte: @@
+# Result, in nats per byte: @@ as in the chapter
 
 max_iters = 400
 eval_interval = 100
