@@ -1,8 +1,8 @@
 """
 What the scripts in assets/ promise: the comparison of runs and their curves (draw.py), the
-attention maps (draw_attention.py), the distributions that are sampled from (draw_sampling.py) and
-the picture of the pipeline (draw_pipeline.py). Independent of them: what matplotlib was given, and
-the outputs of the model's attention layers.
+attention maps (draw_attention.py), the distributions that are sampled from (draw_sampling.py), and
+the pictures of the pipeline, of RoPE, and of windows and their caches. Independent of them: what
+matplotlib was given, the outputs of the model's attention layers, trigonometry, and plain loops.
 """
 import math
 import sys
@@ -12,6 +12,8 @@ import torch
 
 from assets.draw import compare, draw_curves
 from assets.draw_attention import attention_maps
+from assets.draw_rope import at_position, pair_angles
+from assets.draw_window import ring_slots, visible_positions
 from configurator import Logger, save_checkpoint
 from conftest import call, ok, one_line
 from model import GPT, GPTConfig
@@ -237,14 +239,42 @@ def test_each_panel_shows_what_is_predicted_and_what_is_sampled_from(
     assert sum(heights[:5]) == pytest.approx(1) and heights[5:] == [0, 0]
 
 
-def test_the_script_draws_the_pipeline(tmp_path):
-    path = tmp_path / 'pipeline.png'
-    ok(call('assets/draw_pipeline.py', f'--out={path}'))
+# -----------------------------------------------------------------------------
+# draw_rope.py, draw_window.py and draw_pipeline.py
+
+
+def test_the_arrows_of_rope_are_rotated_by_the_angle_per_position():
+    x, y = at_position((3.0, 4.0), position=6, degrees=15)
+    assert (x, y) == pytest.approx((-4.0, 3.0), abs=1e-5)             # 90 degrees
+
+
+def test_the_first_pair_of_rope_turns_once_in_2_pi_positions_and_the_others_more_slowly():
+    angles = pair_angles(GPTConfig(n_embd=64, n_head=4), n_positions=3)
+    assert angles.shape == (8, 3)
+    assert angles[0].tolist() == pytest.approx([0, 1 / (2 * math.pi), 2 / (2 * math.pi)])
+    assert angles[4, 1].item() == pytest.approx(1 / (2 * math.pi * 100))
+
+
+def test_the_drawn_cache_holds_what_the_drawn_mask_shows():
+    seen = visible_positions(9, window=3, n_sink=1)
+    held = ring_slots(9, window=3, n_sink=1)
+    for token in range(9):
+        expected = {0} | set(range(max(0, token - 2), token + 1))
+        assert set(seen[token]) - {-1} == expected
+        assert set(held[token]) - {-1} == expected
+    assert held[8] == [0, 7, 8, 6]
+
+
+@pytest.mark.parametrize('name', ['pipeline', 'rope', 'window'])
+def test_the_script_draws_its_picture(name, tmp_path):
+    path = tmp_path / f'{name}.png'
+    ok(call(f'assets/draw_{name}.py', f'--out={path}'))
     assert path.read_bytes().startswith(b'\x89PNG')
 
 
 @pytest.mark.parametrize('script', ['assets/draw_attention.py', 'assets/draw_pipeline.py',
-                                    'assets/draw_sampling.py'])
+                                    'assets/draw_rope.py', 'assets/draw_sampling.py',
+                                    'assets/draw_window.py'])
 def test_the_scripts_name_matplotlib_if_it_is_missing(script, small_base, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     monkeypatch.setitem(sys.modules, 'matplotlib.patches', None)
