@@ -957,13 +957,21 @@ class GPT(nn.Module):
         """
         if optimizer not in ('adamw', 'muon'):
             raise ValueError(f"optimizer must be 'adamw' or 'muon'; got {optimizer!r}")
-        for_muon, decayed, not_decayed = [], [], []
+        # Layers that hold several matrices, which Muon takes apart: their numbers of rows.
+        c = self.config
+        q_rows = c.n_head * c.head_size
+        kv_rows = c.kv_heads * c.head_size
+        rows_of = {'c_attn': [q_rows, kv_rows, kv_rows]}
+        if c.mlp == 'swiglu':
+            rows_of['c_fc'] = [c.hidden_size, c.hidden_size]          # gate and up
+        for_muon, decayed, not_decayed = {}, [], []
         for name, p in self.named_parameters():
             if not p.requires_grad:
                 continue
             is_block_matrix = name.startswith('h.') and p.dim() == 2 and 'router' not in name
             if optimizer == 'muon' and is_block_matrix:
-                for_muon.append(p)
+                layer_name = name.split('.')[-2]                      # h.0.attn.c_attn.weight
+                for_muon[p] = rows_of.get(layer_name, [p.size(0)])
             elif p.dim() > 1:
                 decayed.append(p)
             else:
@@ -1156,17 +1164,21 @@ class Muon(torch.optim.Optimizer):
     Momentum whose update is orthogonalised, for the matrices of hidden layers (Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon). The same as torch.optim.Muon, except that matrices
     of one shape are orthogonalised as one batch, and on a CPU in float32.
+
+    params: {parameter: rows}. A parameter that holds several matrices, one below the other, is
+    split into them; rows are their numbers of rows.
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.1, steps=5):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
-                                      steps=steps))
+        super().__init__(list(params), dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
+                                            steps=steps))
+        self.rows = params
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             # 1. momentum (Nesterov)
-            by_shape = {}  # shape -> [(parameter, update)]
+            by_shape = {}  # shape -> [(matrix, update)]
             for p in group['params']:
                 if p.grad is None:
                     continue
@@ -1175,16 +1187,18 @@ class Muon(torch.optim.Optimizer):
                 buffer = self.state[p]['momentum_buffer']
                 buffer.lerp_(p.grad, 1 - group['momentum'])
                 update = p.grad.lerp(buffer, group['momentum'])
-                by_shape.setdefault(p.shape, []).append((p, update))
+                rows = self.rows[p]
+                for matrix, part in zip(p.split(rows), update.split(rows)):
+                    by_shape.setdefault(matrix.shape, []).append((matrix, part))
 
             # 2. orthogonalise all matrices of a shape together, then decay and step
             for (rows, columns), pairs in by_shape.items():
                 stacked = torch.stack([update for _, update in pairs])
                 directions = orthogonalize(stacked, group['steps'])
                 scale = math.sqrt(max(1, rows / columns))
-                for (p, _), direction in zip(pairs, directions):
-                    p.mul_(1 - group['lr'] * group['weight_decay'])
-                    p.add_(direction.to(p.dtype), alpha=-group['lr'] * scale)
+                for (matrix, _), direction in zip(pairs, directions):
+                    matrix.mul_(1 - group['lr'] * group['weight_decay'])
+                    matrix.add_(direction.to(matrix.dtype), alpha=-group['lr'] * scale)
 
 
 def orthogonalize(matrices, steps=5):

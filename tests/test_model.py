@@ -925,22 +925,40 @@ def test_muon_takes_the_steps_of_torch_optim_muon(monkeypatch):
     """PyTorch's rounds to bfloat16, which is switched off here, so that both use float32."""
     monkeypatch.setattr(torch.Tensor, 'bfloat16', torch.Tensor.float)
     torch.manual_seed(0)
-    shapes = [(8, 24), (24, 8), (8, 24), (5, 5), (40, 7)]
+    shapes = [(8, 24), (24, 8), (8, 24), (5, 5), (40, 7), (20, 8)]
+    # Ours takes the last one as three matrices in one parameter.
+    rows = {len(shapes) - 1: [8, 4, 8]}
     initial = [torch.randn(shape) for shape in shapes]
     ours = [torch.nn.Parameter(w.clone()) for w in initial]
-    theirs = [torch.nn.Parameter(w.clone()) for w in initial]
-    muon = Muon(ours, lr=0.05, momentum=0.9, weight_decay=0.2)
-    reference = torch.optim.Muon(theirs, lr=0.05, momentum=0.9, weight_decay=0.2)
+    muon = Muon({p: rows.get(i, [len(p)]) for i, p in enumerate(ours)}, lr=0.05, momentum=0.9,
+                weight_decay=0.2)
+    theirs = [[torch.nn.Parameter(part.clone()) for part in w.split(rows.get(i, len(w)))]
+              for i, w in enumerate(initial)]
+    reference = torch.optim.Muon(sum(theirs, []), lr=0.05, momentum=0.9, weight_decay=0.2)
     for step in range(5):
-        for a, b in zip(ours, theirs):
+        for i, (a, parts) in enumerate(zip(ours, theirs)):
             a.grad = torch.randn(a.shape) * 10.0 ** (step - 2)
-            b.grad = a.grad.clone()
+            for part, grad in zip(parts, a.grad.split(rows.get(i, len(a)))):
+                part.grad = grad.clone()
         before = [a.detach().clone() for a in ours]
         muon.step()
         reference.step()
-        for a, b, old in zip(ours, theirs, before):
-            assert close(a, b, 1e-5)
+        for a, parts, old in zip(ours, theirs, before):
+            assert close(a, torch.cat(parts), 1e-5)
             assert largest_gap(a, old) > 1e-3
+
+
+@pytest.mark.parametrize('mlp, rows_of_mlp', [('swiglu', [12, 12]), ('gelu', [12])])
+def test_muon_takes_queries_keys_and_values_and_both_halves_of_swiglu_apart(mlp, rows_of_mlp):
+    model = small_gpt(n_head=4, n_kv_head=2, mlp=mlp, n_hidden=12)
+    _, muon = model.optimizers('muon', 3e-3, 0.1, (0.9, 0.95))
+    attn, mlp_layer = model.h[1].attn, model.h[1].mlp
+    hs = model.config.head_size
+    assert muon.rows[attn.c_attn.weight] == [4 * hs, 2 * hs, 2 * hs]
+    assert muon.rows[attn.c_proj.weight] == [model.config.n_embd]
+    assert muon.rows[mlp_layer.c_fc.weight] == rows_of_mlp
+    assert muon.rows[mlp_layer.c_proj.weight] == [model.config.n_embd]
+    assert all(sum(rows) == len(p) for p, rows in muon.rows.items())
 
 
 @pytest.mark.parametrize('shape', [(16, 16), (12, 40), (40, 12)])
