@@ -14,8 +14,11 @@ from assets.draw import compare, draw_curves
 from assets.draw_attention import attention_maps
 from assets.draw_rope import at_position, pair_angles
 from assets.draw_window import ring_slots, visible_positions
+from assets.draw_mask import token_losses
+from assets.draw_merges import final_figures, measure_merges, unigram_bits
+from bpe import SPECIAL_TOKENS, Tokenizer
 from configurator import Logger, save_checkpoint
-from conftest import call, ok, one_line
+from conftest import call, ok, one_line, story
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -282,3 +285,59 @@ def test_the_scripts_name_matplotlib_if_it_is_missing(script, small_base, tmp_pa
     if script != 'assets/draw_pipeline.py':
         args.append(f'--out_dir={small_base}')
     assert 'pip install matplotlib' in one_line(call(script, *args))
+
+
+# -----------------------------------------------------------------------------
+# draw_merges.py and draw_mask.py
+
+
+def test_the_cost_of_a_text_is_that_of_each_token_by_its_share_of_the_training_text():
+    # shares of 6/8 and 2/8, since each of the two tokens is counted once more than it occurs
+    bits = unigram_bits([5, 5, 5, 5, 5, 6], [5, 6, 6], vocab_size=2)
+    assert bits == pytest.approx(-math.log2(6 / 8) - 2 * math.log2(2 / 8))
+
+
+def test_each_merge_makes_tokens_longer_and_the_rows_are_those_of_tokenizers_of_that_size():
+    text = 'the cat sat on the mat, and the other cat sat on the other mat. ' * 20
+    rows = measure_merges(text, 16)
+    assert [merges for merges, _, _, _ in rows] == [0, 1, 2, 4, 8, 16]
+    lengths = [length for _, _, length, _ in rows]
+    assert lengths == sorted(lengths) and lengths[0] == 1
+    cut = len(text) * 9 // 10
+    tokenizer = Tokenizer.train(text[:cut], 256 + 8 + len(SPECIAL_TOKENS))
+    assert rows[4][1] == tokenizer.tokens[256 + 7]
+    val = text[cut:]
+    assert rows[4][2] == pytest.approx(len(val) / len(tokenizer.encode(val)))
+
+
+def test_the_drawn_losses_are_the_terms_of_the_models_loss():
+    model = GPT(GPTConfig(**SMALL))
+    ids = [3, 1, 4, 1, 5, 9]
+    _, loss = model(torch.tensor([ids[:-1]]), torch.tensor([ids[1:]]))
+    losses = token_losses(model, ids)
+    assert losses.shape == (5,)
+    assert losses.mean().item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_the_scripts_draw_the_merges_of_a_text_and_the_mask_of_a_chat(small_base, tmp_path):
+    text = tmp_path / 'story.txt'
+    text.write_text(story(), encoding='utf-8')
+    merges = tmp_path / 'merges.png'
+    printed = ok(call('assets/draw_merges.py', f'--input={text}', '--n_merges=4',
+                      f'--out={merges}'))
+    assert 'bits per byte' in printed
+    mask = tmp_path / 'mask.png'
+    printed = ok(call('assets/draw_mask.py', f'--out_dir={small_base}', '--chat=Hi?|Yes',
+                      f'--out={mask}'))
+    assert '4 are counted' in printed                                  # Yes and the end token
+    for path in (merges, mask):
+        assert path.read_bytes().startswith(b'\x89PNG')
+
+
+def test_the_figures_of_a_trained_model_are_its_vocabulary_and_its_final_bits_per_byte(tmp_path):
+    with pytest.raises(ValueError, match='no run of train.py that has ended'):
+        final_figures(str(tmp_path))
+    Logger(str(tmp_path), {}).write({'final': {'val_bpb': 2.5}})
+    save_checkpoint(tmp_path, {'step': 1, 'model': {}, 'model_args': {'vocab_size': 512},
+                               'config': {}})
+    assert final_figures(str(tmp_path)) == (512, 2.5)
