@@ -17,4 +17,3 @@ block_size = 64
 max_iters = 200
 eval_interval = 50
 sample_tokens = 0
-mlp = 'relu2'  # squared ReLU, with which the results above were measured
