@@ -35,6 +35,7 @@ SHORT = {
     'ppo.py': {'max_iters': 2, 'batch_size': 16, 'minibatch_size': 8, 'eval_prompts': 4,
                'test_prompts': 4, 'test_draws': 1},
     'sample.py': {'max_new_tokens': 8},
+    'tests/bench_frontier.py': {'prompts': 4},
 }
 
 # The files of the project that commands may need.

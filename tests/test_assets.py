@@ -1,7 +1,8 @@
 """
 What the scripts in assets/ promise: the comparison of runs and their curves (draw.py), the
-attention maps (draw_attention.py) and the picture of the pipeline (draw_pipeline.py). Independent
-of them: the lines that matplotlib was given, and the outputs of the model's attention layers.
+attention maps (draw_attention.py), the picture of the pipeline (draw_pipeline.py) and the losses
+(draw_losses.py). Independent of them: the lines that matplotlib was given, the outputs of the
+model's attention layers, and formulas.
 """
 import math
 import sys
@@ -11,6 +12,7 @@ import torch
 
 from assets.draw import compare, draw_curves
 from assets.draw_attention import attention_maps
+from assets.draw_losses import policy_curves, reward_curves
 from configurator import Logger, save_checkpoint
 from conftest import call, ok, one_line
 from model import GPT, GPTConfig
@@ -227,7 +229,32 @@ def test_the_script_draws_the_pipeline(tmp_path):
     assert path.read_bytes().startswith(b'\x89PNG')
 
 
-@pytest.mark.parametrize('script', ['assets/draw_attention.py', 'assets/draw_pipeline.py'])
+def test_the_drawn_losses_and_gradients_are_those_of_the_formulas():
+    curves = reward_curves()
+    d, loss, gradient = curves['Bradley-Terry']
+    assert torch.allclose(loss, (1 + (-d).exp()).log(), atol=1e-5)
+    assert torch.allclose(gradient, -1 / (1 + d.exp()), atol=1e-5)
+    d, loss, gradient = curves['margin ranking, margin 1']
+    assert torch.allclose(loss, (1 - d).clamp(min=0), atol=1e-5)
+    assert torch.equal(gradient[d < 0.99], torch.full_like(gradient[d < 0.99], -1))
+    assert torch.equal(gradient[d > 1.01], torch.zeros_like(gradient[d > 1.01]))
+    # A good token has no gradient above 1.2, a bad one has none below 0.8.
+    for advantage, kept in (('+1', [-1, -1, 0]), ('-1', [0, 1, 1])):
+        ratio, _, gradient = policy_curves()[f'advantage {advantage}']
+        for value, slope in zip((0.6, 1.0, 1.4), kept):
+            nearest = (ratio - value).abs().argmin()
+            assert gradient[nearest].item() == pytest.approx(slope, abs=1e-5)
+
+
+@pytest.mark.parametrize('of', ['reward', 'policy'])
+def test_the_script_draws_losses(of, tmp_path):
+    path = tmp_path / 'losses.png'
+    ok(call('assets/draw_losses.py', f'--of={of}', f'--out={path}'))
+    assert path.read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize('script', ['assets/draw_attention.py', 'assets/draw_losses.py',
+                                    'assets/draw_pipeline.py'])
 def test_the_scripts_name_matplotlib_if_it_is_missing(script, small_base, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     monkeypatch.setitem(sys.modules, 'matplotlib.patches', None)
