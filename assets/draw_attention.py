@@ -3,7 +3,7 @@ Draw what the attention heads of a trained model look at: one map per layer and 
 the token that attends, a column is the token attended to, and a darker square is a larger weight.
 
     python assets/draw_attention.py --out_dir=out/attention
-    python assets/draw_attention.py --out_dir=out/base --text="A horse, a horse" --out=maps.png
+    python assets/draw_attention.py --out_dir=out/base --text="A horse, a horse" --out=out/maps.png
 """
 import os
 import sys
@@ -18,7 +18,7 @@ from model import attention, rope_frequencies, rope_table, rotate, visible
 # -----------------------------------------------------------------------------
 out_dir = 'out/attention'               # folder of the run
 text = 'a rose, a rose, a rose'         # text to read
-out = 'attention.png'                   # picture to write
+out = 'out/attention.png'               # picture to write
 # -----------------------------------------------------------------------------
 
 
@@ -132,6 +132,7 @@ def draw_maps(maps, labels, path):
     figure.supxlabel('token attended to (key)')
     figure.supylabel('token that attends (query)')
     figure.colorbar(image, ax=figure.axes, label='attention weight', shrink=0.6)
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     figure.savefig(path, dpi=90)
 
 

@@ -4,7 +4,7 @@ after a text, as a trained model predicts them. The bars are the probabilities t
 from, the grey outlines those that the model predicts.
 
     python assets/draw_sampling.py --out_dir=out/small
-    python assets/draw_sampling.py --out_dir=out/base --text="My lord" --out=sampling.png
+    python assets/draw_sampling.py --out_dir=out/base --text="My lord" --out=out/sampling.png
 """
 import os
 import sys
@@ -20,7 +20,7 @@ from model import sampling_probs
 out_dir = 'out/small'                   # folder of the run
 text = 'My lord, '                       # text to continue
 n_tokens = 20                           # tokens to show, the most probable ones
-out = 'sampling.png'                    # picture to write
+out = 'out/sampling.png'                # picture to write
 # -----------------------------------------------------------------------------
 
 # The settings of each panel, as sampling_probs takes them.
@@ -67,6 +67,7 @@ def draw_distributions(logits, tok, n_tokens, path):
     figure.axes[0].legend()
     figure.supxlabel(f'next token after "{text}"')
     figure.supylabel('probability')
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     figure.savefig(path, dpi=80)
 
 

@@ -1,8 +1,9 @@
 """
 What the scripts in assets/ promise: the comparison of runs and their curves (draw.py), the
-attention maps (draw_attention.py), the distributions that are sampled from (draw_sampling.py), and
-the pictures of the pipeline, of RoPE, and of windows and their caches. Independent of them: what
-matplotlib was given, the outputs of the model's attention layers, trigonometry, and plain loops.
+attention maps (draw_attention.py), the distributions that are sampled from (draw_sampling.py), the
+losses (draw_losses.py), and the pictures of the pipeline, of RoPE, of windows and their caches, of
+merges and of the loss mask. Independent of them: what matplotlib was given, the outputs of the
+model's attention layers, formulas, and plain loops.
 """
 import math
 import sys
@@ -17,6 +18,7 @@ from assets.draw_window import ring_slots, visible_positions
 from assets.draw_mask import token_losses
 from assets.draw_merges import final_figures, measure_merges, unigram_bits
 from bpe import SPECIAL_TOKENS, Tokenizer
+from assets.draw_losses import policy_curves, reward_curves
 from configurator import Logger, save_checkpoint
 from conftest import call, ok, one_line, story
 from model import GPT, GPTConfig
@@ -275,16 +277,43 @@ def test_the_script_draws_its_picture(name, tmp_path):
     assert path.read_bytes().startswith(b'\x89PNG')
 
 
-@pytest.mark.parametrize('script', ['assets/draw_attention.py', 'assets/draw_pipeline.py',
-                                    'assets/draw_rope.py', 'assets/draw_sampling.py',
-                                    'assets/draw_window.py'])
+def test_the_drawn_losses_and_gradients_are_those_of_the_formulas():
+    curves = reward_curves()
+    d, loss, gradient = curves['Bradley-Terry']
+    assert torch.allclose(loss, (1 + (-d).exp()).log(), atol=1e-5)
+    assert torch.allclose(gradient, -1 / (1 + d.exp()), atol=1e-5)
+    d, loss, gradient = curves['margin ranking, margin 1']
+    assert torch.allclose(loss, (1 - d).clamp(min=0), atol=1e-5)
+    assert torch.equal(gradient[d < 0.99], torch.full_like(gradient[d < 0.99], -1))
+    assert torch.equal(gradient[d > 1.01], torch.zeros_like(gradient[d > 1.01]))
+    # A good token has no gradient above 1.2, a bad one has none below 0.8.
+    for advantage, kept in (('+1', [-1, -1, 0]), ('-1', [0, 1, 1])):
+        ratio, _, gradient = policy_curves()[f'advantage {advantage}']
+        for value, slope in zip((0.6, 1.0, 1.4), kept):
+            nearest = (ratio - value).abs().argmin()
+            assert gradient[nearest].item() == pytest.approx(slope, abs=1e-5)
+
+
+@pytest.mark.parametrize('of', ['reward', 'policy'])
+def test_the_script_draws_losses(of, tmp_path):
+    path = tmp_path / 'losses.png'
+    ok(call('assets/draw_losses.py', f'--of={of}', f'--out={path}'))
+    assert path.read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize('script', ['attention', 'losses', 'merges', 'mask', 'pipeline', 'rope',
+                                    'sampling', 'window'])
 def test_the_scripts_name_matplotlib_if_it_is_missing(script, small_base, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     monkeypatch.setitem(sys.modules, 'matplotlib.patches', None)
     args = [f'--out={tmp_path / "picture.png"}']
-    if script != 'assets/draw_pipeline.py':
+    if script in ('attention', 'mask', 'sampling'):
         args.append(f'--out_dir={small_base}')
-    assert 'pip install matplotlib' in one_line(call(script, *args))
+    if script == 'merges':
+        text = tmp_path / 'story.txt'
+        text.write_text(story(), encoding='utf-8')
+        args += [f'--input={text}', '--n_merges=1']
+    assert 'pip install matplotlib' in one_line(call(f'assets/draw_{script}.py', *args))
 
 
 # -----------------------------------------------------------------------------
