@@ -46,9 +46,10 @@ def add_arrow(axis, tip, label, color):
     axis.annotate('', xy=tip, xytext=(0, 0), arrowprops=style)
     x, y = tip
     length = math.hypot(x, y)
-    # The label starts a little outside the circle, whatever the direction.
-    axis.text(x + 0.13 * x / length, y + 0.13 * y / length, label, color=color, fontsize=8,
-              ha='center', va='center')
+    # A label is wider than high, so it is moved further to the side than up or down.
+    x += (0.07 + 0.03 * len(label)) * x / length
+    y += 0.13 * y / length
+    axis.text(x, y, label, color=color, fontsize=8, ha='center', va='center')
 
 
 def prepare_plane(axis, title):

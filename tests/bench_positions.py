@@ -72,7 +72,7 @@ def print_curves(curves, T):
 def draw_curves(curves, T, picture):
     """Draw the losses, each point a mean over 8 positions."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(6, 3.6), layout='constrained')
+    figure = Figure(figsize=(8, 3.6), layout='constrained')
     axis = figure.add_subplot(title=f'trained on {T} positions, read on {STRETCH * T}',
                               xlabel='position', ylabel='nats per token')
     for name, losses in curves.items():
@@ -80,7 +80,7 @@ def draw_curves(curves, T, picture):
         centers = [8 * i + 4 for i in range(len(means))]
         axis.plot(centers, means, label=name)
     axis.axvline(T, color='gray', linestyle=':', label='end of the trained context')
-    axis.legend()
+    figure.legend(loc='outside right center', fontsize='small')
     axis.grid(alpha=0.3)
     figure.savefig(picture, dpi=100)
     print(f'wrote {picture}')

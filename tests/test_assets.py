@@ -152,13 +152,28 @@ def test_a_picture_shows_the_chosen_metrics_from_the_chosen_step(tmp_path, figur
     assert [text.get_text() for text in legend.get_texts()] == ['n_layer 0', 'n_layer 1']
 
 
-def test_the_experts_of_a_layer_share_one_panel_per_run(tmp_path, figures):
+def test_the_experts_of_a_layer_share_one_panel_per_run_in_the_order_of_the_runs_on_one_scale(
+        tmp_path, figures):
     folders = [write_run(tmp_path / str(i), [3.0, 2.0, 1.0], n_layer=i) for i in range(2)]
     for folder in folders:
         Logger(folder, {}, step=3).log(3, {'moe/a/x': 1.0, 'moe/a/y': 2.0})
-    compare(folders, str(tmp_path / 'experts.png'), 'moe/a')
-    experts = {'x': ([3], [1.0]), 'y': ([3], [2.0])}
-    assert panels_of(figures[-1]) == {'moe/a (n_layer 0)': experts, 'moe/a (n_layer 1)': experts}
+    Logger(folders[0], {}, step=4).log(4, {'moe/a/x': 9.0})
+    compare(folders[::-1], str(tmp_path / 'experts.png'), 'moe/a')
+    panels = panels_of(figures[-1])
+    assert list(panels) == ['moe/a (n_layer 1)', 'moe/a (n_layer 0)']
+    assert panels['moe/a (n_layer 1)'] == {'x': ([3], [1.0]), 'y': ([3], [2.0])}
+    lowest, highest = figures[-1].axes[0].get_ylim()
+    assert lowest < 1 and highest > 9
+    assert figures[-1].axes[1].get_ylim() == (lowest, highest)
+
+
+def test_the_curves_are_named_by_the_labels_one_for_each_run(tmp_path, figures):
+    folders = [write_run(tmp_path / str(i), [3.0, 2.0], n_layer=i) for i in range(2)]
+    picture = str(tmp_path / 'named.png')
+    compare(folders, picture, 'loss', labels='shallow,deep')
+    assert list(panels_of(figures[-1])['loss']) == ['shallow', 'deep']
+    with pytest.raises(ValueError, match='1 labels for 2 runs: deep'):
+        compare(folders, picture, labels='deep')
 
 
 def test_nothing_is_drawn_for_a_metric_that_is_not_logged(tmp_path, capsys):
