@@ -7,9 +7,15 @@
 #             --out_dir=out/collapse-$b
 #     done
 #     python assets/draw.py out/collapse-none out/collapse-aux out/collapse-bias \
-#         --metrics=moe/layer_1
+#         --metrics=moe/layer_1 --out=out/experts.png
 #
-# Result: @@ as in the chapter
+# Result, with the share of the busiest expert at the end, in the first and in the second layer:
+#
+#     none    2.058 nats per byte    58%    98%
+#     loss    2.041                  20%    25%
+#     bias    2.027                  14%    14%
+#
+# The dense model, config/course/small.py alone, has 2.042.
 
 n_expert = 8
 n_expert_active = 1

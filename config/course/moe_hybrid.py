@@ -3,9 +3,11 @@
 # hidden units, instead of 168 + 168.
 #
 #     python train.py config/course/small.py config/course/moe_hybrid.py
-#     python assets/draw.py out/moe out/moe_hybrid
+#     python assets/draw.py out/dense out/moe out/moe_hybrid --labels=dense,experts,hybrid \
+#         --metrics=val_loss,moe_imbalance --first=100 --out=out/moe.png
 #
-# Result: @@ as in the chapter
+# Result: 1.830 nats per byte with 243,904 parameters, between the dense model (1.859, 114,368) and
+# experts in both layers (1.813, 308,928).
 
 out_dir = 'out/moe_hybrid'
 max_iters = 400
