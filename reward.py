@@ -475,6 +475,18 @@ def check_shuffled_labels(policy, train_pairs, val_pairs, config, run, n_runs=4)
     return abs(mean - 0.5) < 0.08, f'shuffled labels teach nothing: accuracy {mean:.3f}'
 
 
+def check_figures(figures):
+    """Yield (ok, message) of the checks of a trained model, from its pair_figures."""
+    own = figures['accuracy_clean']
+    baseline = figures['accuracy_length_only']
+    std = figures['score_std']
+    error = figures['calibration_error']
+    yield own > baseline + 0.1, ('the trained model beats a length-only baseline: accuracy '
+                                 f'{own:.3f}, baseline {baseline:.3f}')
+    yield std > 0.1, f'its scores differ: standard deviation {std:.3f}'
+    yield error < 0.1, f'scaled, they are calibrated: error {error:.3f}'
+
+
 def sanity_checks(policy, model, reference, train_pairs, val_pairs, gold, config, run):
     """Yield (ok, message) of each check: of a fresh model, of short runs, and of the trained
     model."""
@@ -490,15 +502,7 @@ def sanity_checks(policy, model, reference, train_pairs, val_pairs, gold, config
     yield check_shuffled_labels(policy, train_pairs, val_pairs, config, run)
 
     # 3. the trained model
-    figures = evaluate(model, reference, val_pairs, gold, config, run)
-    own = figures['accuracy_clean']
-    baseline = figures['accuracy_length_only']
-    std = figures['score_std']
-    error = figures['calibration_error']
-    yield own > baseline + 0.1, ('the trained model beats a length-only baseline: accuracy '
-                                 f'{own:.3f}, baseline {baseline:.3f}')
-    yield std > 0.1, f'its scores differ: standard deviation {std:.3f}'
-    yield error < 0.1, f'scaled, they are calibrated: error {error:.3f}'
+    yield from check_figures(evaluate(model, reference, val_pairs, gold, config, run))
 
 
 def make_checkpoint(step, model, trunk, optimizers, scaler, config, tok):

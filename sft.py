@@ -4,7 +4,7 @@ responses (InstructGPT, arXiv 2203.02155, section 3.5).
 
     python sft.py                                        wordplay, on the model in out/bytes
     python sft.py --dataset=alpaca --init_from=FOLDER    any instructions, any model
-    python sft.py --curriculum=short_to_long             from short examples to long ones
+    python sft.py --curriculum=short_prompts             from short prompts to long ones
     python sft.py --init_from=resume                     continue a stopped run
     torchrun --standalone --nproc_per_node=8 sft.py --gradient_accumulation_steps=8
 
@@ -54,8 +54,9 @@ max_new_tokens = 64                # per response, in evaluations
 block_size = 0                     # context, in tokens; 0 = the model's, which RoPE can extend
 gradient_accumulation_steps = 2    # micro-batches per step, over all ranks together
 batch_size = 64                    # examples per micro-batch
-curriculum = 'none'                # 'none' (random order) | 'short_to_long' (arXiv 2108.02170)
-curriculum_stages = 4              # stage i of n uses the i/n shortest examples
+curriculum = 'none'                # 'none' (random order) | 'short_prompts' | 'short_examples':
+                                   # the short ones first (arXiv 2108.02170)
+curriculum_stages = 4              # stage i of n uses the i/n shortest of them
 curriculum_frac = 0.4              # share of the run after which all examples are used
 # optimizer and schedule
 optimizer = 'muon'                 # 'muon' (matrices of the blocks; AdamW for the rest) | 'adamw'
@@ -143,6 +144,17 @@ def masked_loss(logits, targets, mask, total=None):
     return loss / (mask.sum() if total is None else total)
 
 
+def order_by_length(examples, curriculum):
+    """The numbers of all examples (ids, mask), the shortest first. The length is that of the whole
+    example, or with the curriculum 'short_prompts' that of the prompt, which the mask does not
+    count."""
+    lengths = []
+    for ids, mask in examples:
+        n_response = mask.sum().item() if curriculum == 'short_prompts' else 0
+        lengths.append(len(ids) - n_response)
+    return sorted(range(len(examples)), key=lambda i: lengths[i])
+
+
 def curriculum_stage(step, n_examples, stages, last_stage_at):
     """
     A curriculum from short to long (arXiv 2108.02170): returns (stage, first step of it, number of
@@ -163,11 +175,11 @@ def batch_indices(by_length, step, config):
     """
     The examples of a step, for all ranks together: the next ones in an endless sequence of
     permutations, a function of (seed, step). They are sorted by length, so that those of a
-    micro-batch need little padding. by_length: the numbers of all examples, the shortest first.
+    micro-batch need little padding. by_length: the numbers of all examples, from order_by_length.
     """
     count = config['gradient_accumulation_steps'] * config['batch_size']
     stage, stage_start, n = 0, 0, len(by_length)
-    if config['curriculum'] == 'short_to_long':
+    if config['curriculum'] != 'none':
         last_stage_at = config['max_iters'] * config['curriculum_frac']
         stage, stage_start, n = curriculum_stage(step, n, config['curriculum_stages'],
                                                  last_stage_at)
@@ -269,7 +281,7 @@ if __name__ == '__main__':
     config, checkpoint = resume(config, overrides, fixed={'optimizer', 'dataset'})
     globals().update(config)
     first_step = checkpoint.get('step', 0)
-    check_choice(config, 'curriculum', ('none', 'short_to_long'))
+    check_choice(config, 'curriculum', ('none', 'short_prompts', 'short_examples'))
 
     # 2. model and data
     model, tok = load_chat_model(checkpoint or init_from, config)  # the checkpoint on resume
@@ -279,7 +291,7 @@ if __name__ == '__main__':
     test_rows = load_examples(dataset, test_split, 'sft', default=val_rows)[:test_prompts]
     train_examples = prepare_examples(train_rows, tok, model.config.block_size)
     val_examples = prepare_examples(val_rows, tok, model.config.block_size)
-    by_length = sorted(range(len(train_examples)), key=lambda i: len(train_examples[i][0]))
+    by_length = order_by_length(train_examples, curriculum)
     eval_rows = val_rows[:eval_prompts]
     val_prompts = encode_prompts([row['messages'][:-1] for row in eval_rows], tok,
                                  model.config.block_size, max_new_tokens)

@@ -2,7 +2,8 @@
 Compare runs: print the settings in which they differ next to their results, and draw their curves.
 
     python assets/draw.py out/a out/b
-    python assets/draw.py out/a out/b --out=compare.png --metrics=loss,val_loss --first=100
+    python assets/draw.py out/a out/b --labels=dense,experts --out=compare.png \
+        --metrics=loss,val_loss --first=100
 
 Runs that differ only in their seed are drawn as one curve, their mean, in a band from the lowest
 to the highest value. The stage scripts call `draw_curves` at their end for the curves of one run.
@@ -17,6 +18,8 @@ from configurator import configure, load_checkpoint, printable, read_log
 out = 'compare.png'      # picture to write
 metrics = ''             # metrics to draw, separated by commas, such as loss,val_loss; '' = all
 first = 0                # first step to draw
+labels = ''              # names of the runs in the picture, separated by commas; '' = the settings
+                         # in which they differ
 # -----------------------------------------------------------------------------
 
 # What the vertical axis of a metric measures, where its name does not say it.
@@ -38,6 +41,7 @@ UNITS = {
     'objective/score': 'reward',
     'objective/rlhf_reward': 'reward',
     'moe_entropy': 'nats per token',
+    'moe_imbalance': 'largest load / even load',
 }
 
 # Settings that differ between any two runs and explain nothing.
@@ -181,9 +185,13 @@ def draw_curves(folders, path, labels=None, metrics='', first=0):
             f'{path} not drawn: no {metrics or "metric"} is logged from step {first} on'))
         return
 
-    # 1. Losses come first, then the other metrics by name.
-    ordered = sorted(panels.items(), key=lambda panel: ('loss' not in panel[0], panel[0]))
-    panels = dict(ordered)
+    # 1. Losses come first, then the other metrics by name. A layer's experts in several runs keep
+    #    the order of the runs.
+    def place(panel):
+        name = panel[0]
+        return 'loss' not in name, name.partition(' (')[0]
+
+    panels = dict(sorted(panels.items(), key=place))
 
     # 2. A curve has the same color in every panel.
     colors = {}
@@ -198,6 +206,10 @@ def draw_curves(folders, path, labels=None, metrics='', first=0):
     for number, (name, curves) in enumerate(panels.items(), start=1):
         axis = figure.add_subplot(rows, columns, number)
         draw_panel(axis, name, curves, colors)
+    experts = [axis for axis in figure.axes if axis.get_title().startswith('moe/')]
+    for axis in experts[1:]:
+        axis.sharey(experts[0])  # shares of tokens are compared on one scale
+        axis.autoscale_view()
     add_legends(figure, panels, columns)
     figure.savefig(path, dpi=80)
 
@@ -279,15 +291,19 @@ def curve_labels(folders, configs, names):
     return labels
 
 
-def compare(folders, picture, metrics='', first=0):
+def compare(folders, picture, metrics='', first=0, labels=''):
     """
     Print the settings in which runs differ next to their final figures, and draw their curves.
 
     Runs of different stages are compared in the settings that they share. For `metrics` and
-    `first` see `collect_curves`. ValueError if there are no folders or one of them holds no run.
+    `first` see `collect_curves`; `labels` are separated by commas, '' = the settings that differ.
+    ValueError if there are no folders, one of them holds no run, or labels are missing.
     """
     if not folders:
         raise ValueError('name the folders of the runs: python assets/draw.py out/a out/b')
+    given_labels = labels.split(',') if labels else None
+    if given_labels and len(given_labels) != len(folders):
+        raise ValueError(f'{len(given_labels)} labels for {len(folders)} runs: {labels}')
     configs = []
     finals = []
     for folder in folders:
@@ -309,7 +325,8 @@ def compare(folders, picture, metrics='', first=0):
     print_table(rows)
 
     # 2. The curves.
-    draw_curves(folders, picture, curve_labels(folders, configs, names), metrics, first)
+    curve_names = given_labels or curve_labels(folders, configs, names)
+    draw_curves(folders, picture, curve_names, metrics, first)
 
 
 if __name__ == '__main__':
@@ -317,4 +334,4 @@ if __name__ == '__main__':
     folders = [word.rstrip('/') for word in sys.argv[1:] if not word.startswith('-')]
     sys.argv[1:] = [word for word in sys.argv[1:] if word.startswith('-')]
     configure(globals())
-    compare(folders, out, metrics, first)
+    compare(folders, out, metrics, first, labels)

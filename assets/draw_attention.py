@@ -3,7 +3,7 @@ Draw what the attention heads of a trained model look at: one map per layer and 
 the token that attends, a column is the token attended to, and a darker square is a larger weight.
 
     python assets/draw_attention.py --out_dir=out/attention
-    python assets/draw_attention.py --out_dir=out/base --text="A horse, a horse" --out=maps.png
+    python assets/draw_attention.py --out_dir=out/base --text="A horse, a horse" --out=out/maps.png
 """
 import os
 import sys
@@ -18,7 +18,7 @@ from model import attention, rope_frequencies, rope_table, rotate, visible
 # -----------------------------------------------------------------------------
 out_dir = 'out/attention'               # folder of the run
 text = 'a rose, a rose, a rose'         # text to read
-out = 'attention.png'                   # picture to write
+out = 'out/attention.png'               # picture to write
 # -----------------------------------------------------------------------------
 
 
@@ -126,11 +126,13 @@ def draw_maps(maps, labels, path):
             # Subplots are numbered from 1, row by row.
             axis = figure.add_subplot(n_layer, n_head, layer * n_head + head + 1)
             axis.set_title(f'layer {layer}, head {head}', fontsize=9)
-            axis.imshow(weights.numpy(), cmap='Blues', vmin=0, vmax=1)
+            image = axis.imshow(weights.numpy(), cmap='Blues', vmin=0, vmax=1)
             axis.set_xticks(ticks, labels, fontsize=7)
             axis.set_yticks(ticks, labels, fontsize=7)
     figure.supxlabel('token attended to (key)')
     figure.supylabel('token that attends (query)')
+    figure.colorbar(image, ax=figure.axes, label='attention weight', shrink=0.6)
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     figure.savefig(path, dpi=90)
 
 

@@ -2,7 +2,7 @@
 Draw the pipeline of the project as one picture: the four stages, the data that each one reads,
 and which stage starts from which.
 
-    python assets/draw_pipeline.py --out=pipeline.png
+    python assets/draw_pipeline.py --out=out/pipeline.png
 """
 import os
 import sys
@@ -11,7 +11,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from configurator import configure
 
 # -----------------------------------------------------------------------------
-out = 'pipeline.png'             # picture to write
+out = 'out/pipeline.png'         # picture to write
 # -----------------------------------------------------------------------------
 
 # All lengths are in inches. A README shows the picture 9 inches wide at 100 pixels per inch.
@@ -125,6 +125,7 @@ def draw_pipeline(path):
     add_arrow(axis, [(start, BOX_BOTTOM), (start, DETOUR), (end, DETOUR), (end, BOX_BOTTOM)])
     axis.text(center(2), DETOUR - 0.15, 'initial policy and reference for the KL penalty',
               fontsize=7.8, color=MUTED, ha='center', va='center')
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     figure.savefig(path, dpi=200)
 
 

@@ -4,7 +4,7 @@ models, and the time of a training step. The two models take turns in one run.
 
     python tests/bench_norm.py [LAYERNORM_RUN] [RMSNORM_RUN]
 
-The defaults are out/layernorm-1 and out/rmsnorm-1, from config/course/norms.py.
+The defaults are out/layernorm-3e-3-1 and out/rmsnorm-3e-3-1, from config/course/norms.py.
 """
 import os
 import statistics
@@ -56,7 +56,7 @@ def step_times(models, x, y, rounds=60):
 
 
 def main():
-    folders = ['out/layernorm-1', 'out/rmsnorm-1']
+    folders = ['out/layernorm-3e-3-1', 'out/rmsnorm-3e-3-1']
     for i, folder in enumerate(sys.argv[1:3]):
         folders[i] = folder
 

@@ -4,7 +4,7 @@ block_size: the loss in nats per token by position, averaged over held-out text,
 
     python tests/bench_positions.py [RUN_FOLDERS] [PICTURE.png]
 
-The default is out/learned out/sinusoidal out/rope positions.png, the runs of
+The default is out/learned out/sinusoidal out/rope out/positions.png, the runs of
 config/course/positions.py.
 
 Learned positions end at block_size, because later positions have no embedding. A RoPE model is also
@@ -72,15 +72,15 @@ def print_curves(curves, T):
 def draw_curves(curves, T, picture):
     """Draw the losses, each point a mean over 8 positions."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(6, 3.6), layout='constrained')
+    figure = Figure(figsize=(8, 3.6), layout='constrained')
     axis = figure.add_subplot(title=f'trained on {T} positions, read on {STRETCH * T}',
                               xlabel='position', ylabel='nats per token')
     for name, losses in curves.items():
         means = [part.mean() for part in losses.split(8)]
         centers = [8 * i + 4 for i in range(len(means))]
         axis.plot(centers, means, label=name)
-    axis.axvline(T, color='gray', linestyle=':')
-    axis.legend()
+    axis.axvline(T, color='gray', linestyle=':', label='end of the trained context')
+    figure.legend(loc='outside right center', fontsize='small')
     axis.grid(alpha=0.3)
     figure.savefig(picture, dpi=100)
     print(f'wrote {picture}')
@@ -88,7 +88,7 @@ def draw_curves(curves, T, picture):
 
 def main():
     folders = []
-    picture = 'positions.png'
+    picture = 'out/positions.png'
     for word in sys.argv[1:]:
         if word.endswith('.png'):
             picture = word

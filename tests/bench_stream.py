@@ -2,7 +2,7 @@
 A trained model reads a text a hundred times as long as its block_size, with four kinds of cache:
 perplexity and memory of each, and a picture.
 
-    python tests/bench_stream.py [RUN_FOLDER] [PICTURE]     defaults: out/base streaming.png
+    python tests/bench_stream.py [RUN_FOLDER] [PICTURE]     defaults: out/base out/streaming.png
 
 - windows, recomputed: no cache; each token is predicted from the block_size tokens before it, which
   are read anew. This is the quality to reach.
@@ -77,11 +77,15 @@ def draw(curves, T, picture):
     figure = Figure(figsize=(8, 4.5), layout='constrained')
     axis = figure.add_subplot(title=f'Reading past block_size {T}', xlabel='tokens read',
                               ylabel='perplexity', yscale='log')
-    for name, losses in curves.items():
+    for number, (name, losses) in enumerate(curves.items()):
         n_points = len(losses) // width
         perplexity = losses[:n_points * width].view(n_points, width).mean(dim=1).exp()
         centers = [width * (i + 0.5) for i in range(n_points)]
-        axis.plot(centers, perplexity.numpy(), label=name)
+        # Each curve is thinner than the one below it, so that curves that coincide are all visible.
+        axis.plot(centers, perplexity.numpy(), label=name, linewidth=5 - 1.2 * number)
+    # 20 instead of 2 x 10^1
+    axis.yaxis.set_major_formatter('{x:g}')
+    axis.yaxis.set_minor_formatter('{x:g}')
     axis.legend()
     axis.grid(alpha=0.3)
     os.makedirs(os.path.dirname(picture) or '.', exist_ok=True)
@@ -91,7 +95,7 @@ def draw(curves, T, picture):
 
 def main():
     folder = 'out/base'
-    picture = 'streaming.png'
+    picture = 'out/streaming.png'
     if len(sys.argv) > 1:
         folder = sys.argv[1]
     if len(sys.argv) > 2:

@@ -1,7 +1,9 @@
 """
 What the scripts in assets/ promise: the comparison of runs and their curves (draw.py), the
-attention maps (draw_attention.py) and the picture of the pipeline (draw_pipeline.py). Independent
-of them: the lines that matplotlib was given, and the outputs of the model's attention layers.
+attention maps (draw_attention.py), the distributions that are sampled from (draw_sampling.py), the
+losses (draw_losses.py), and the pictures of the pipeline, of RoPE, of windows and their caches, of
+merges and of the loss mask. Independent of them: what matplotlib was given, the outputs of the
+model's attention layers, formulas, and plain loops.
 """
 import math
 import sys
@@ -11,8 +13,14 @@ import torch
 
 from assets.draw import compare, draw_curves
 from assets.draw_attention import attention_maps
+from assets.draw_rope import at_position, pair_angles
+from assets.draw_window import ring_slots, visible_positions
+from assets.draw_mask import token_losses
+from assets.draw_merges import final_figures, measure_merges, unigram_bits
+from bpe import SPECIAL_TOKENS, Tokenizer
+from assets.draw_losses import policy_curves, reward_curves
 from configurator import Logger, save_checkpoint
-from conftest import call, ok, one_line
+from conftest import call, ok, one_line, story
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -160,13 +168,28 @@ def test_a_picture_shows_the_chosen_metrics_from_the_chosen_step(tmp_path, figur
     assert [text.get_text() for text in legend.get_texts()] == ['n_layer 0', 'n_layer 1']
 
 
-def test_the_experts_of_a_layer_share_one_panel_per_run(tmp_path, figures):
+def test_the_experts_of_a_layer_share_one_panel_per_run_in_the_order_of_the_runs_on_one_scale(
+        tmp_path, figures):
     folders = [write_run(tmp_path / str(i), [3.0, 2.0, 1.0], n_layer=i) for i in range(2)]
     for folder in folders:
         Logger(folder, {}, step=3).log(3, {'moe/a/x': 1.0, 'moe/a/y': 2.0})
-    compare(folders, str(tmp_path / 'experts.png'), 'moe/a')
-    experts = {'x': ([3], [1.0]), 'y': ([3], [2.0])}
-    assert panels_of(figures[-1]) == {'moe/a (n_layer 0)': experts, 'moe/a (n_layer 1)': experts}
+    Logger(folders[0], {}, step=4).log(4, {'moe/a/x': 9.0})
+    compare(folders[::-1], str(tmp_path / 'experts.png'), 'moe/a')
+    panels = panels_of(figures[-1])
+    assert list(panels) == ['moe/a (n_layer 1)', 'moe/a (n_layer 0)']
+    assert panels['moe/a (n_layer 1)'] == {'x': ([3], [1.0]), 'y': ([3], [2.0])}
+    lowest, highest = figures[-1].axes[0].get_ylim()
+    assert lowest < 1 and highest > 9
+    assert figures[-1].axes[1].get_ylim() == (lowest, highest)
+
+
+def test_the_curves_are_named_by_the_labels_one_for_each_run(tmp_path, figures):
+    folders = [write_run(tmp_path / str(i), [3.0, 2.0], n_layer=i) for i in range(2)]
+    picture = str(tmp_path / 'named.png')
+    compare(folders, picture, 'loss', labels='shallow,deep')
+    assert list(panels_of(figures[-1])['loss']) == ['shallow', 'deep']
+    with pytest.raises(ValueError, match='1 labels for 2 runs: deep'):
+        compare(folders, picture, labels='deep')
 
 
 def test_nothing_is_drawn_for_a_metric_that_is_not_logged(tmp_path, capsys):
@@ -178,7 +201,7 @@ def test_nothing_is_drawn_for_a_metric_that_is_not_logged(tmp_path, capsys):
 
 
 # -----------------------------------------------------------------------------
-# draw_attention.py and draw_pipeline.py
+# draw_attention.py, draw_sampling.py and draw_pipeline.py
 
 SMALL = dict(block_size=16, n_layer=2, n_head=4, n_embd=32)
 ARCHITECTURES = {
@@ -237,17 +260,144 @@ def test_the_script_draws_the_maps_of_a_run(small_base, tmp_path):
     assert path.read_bytes().startswith(b'\x89PNG')
 
 
-def test_the_script_draws_the_pipeline(tmp_path):
-    path = tmp_path / 'pipeline.png'
-    ok(call('assets/draw_pipeline.py', f'--out={path}'))
+def test_each_panel_shows_what_is_predicted_and_what_is_sampled_from(
+        small_base, tmp_path, figures):
+    path = tmp_path / 'sampling.png'
+    printed = ok(call('assets/draw_sampling.py', f'--out_dir={small_base}', '--text=a rose',
+                      '--n_tokens=7', f'--out={path}'))
+    assert 'top_k 5:   5 tokens allowed' in printed
+    assert path.read_bytes().startswith(b'\x89PNG')
+    panels = {axis.get_title(): axis for axis in figures[0].axes}
+    sampled, predicted = panels['temperature 1.0'].containers
+    assert [bar.get_height() for bar in sampled] == [bar.get_height() for bar in predicted]
+    sampled, _ = panels['top_k 5'].containers
+    heights = [bar.get_height() for bar in sampled]
+    assert sum(heights[:5]) == pytest.approx(1) and heights[5:] == [0, 0]
+
+
+# -----------------------------------------------------------------------------
+# draw_rope.py, draw_window.py and draw_pipeline.py
+
+
+def test_the_arrows_of_rope_are_rotated_by_the_angle_per_position():
+    x, y = at_position((3.0, 4.0), position=6, degrees=15)
+    assert (x, y) == pytest.approx((-4.0, 3.0), abs=1e-5)             # 90 degrees
+
+
+def test_the_first_pair_of_rope_turns_once_in_2_pi_positions_and_the_others_more_slowly():
+    angles = pair_angles(GPTConfig(n_embd=64, n_head=4), n_positions=3)
+    assert angles.shape == (8, 3)
+    assert angles[0].tolist() == pytest.approx([0, 1 / (2 * math.pi), 2 / (2 * math.pi)])
+    assert angles[4, 1].item() == pytest.approx(1 / (2 * math.pi * 100))
+
+
+def test_the_drawn_cache_holds_what_the_drawn_mask_shows():
+    seen = visible_positions(9, window=3, n_sink=1)
+    held = ring_slots(9, window=3, n_sink=1)
+    for token in range(9):
+        expected = {0} | set(range(max(0, token - 2), token + 1))
+        assert set(seen[token]) - {-1} == expected
+        assert set(held[token]) - {-1} == expected
+    assert held[8] == [0, 7, 8, 6]
+
+
+@pytest.mark.parametrize('name', ['pipeline', 'rope', 'window'])
+def test_the_script_draws_its_picture(name, tmp_path):
+    path = tmp_path / f'{name}.png'
+    ok(call(f'assets/draw_{name}.py', f'--out={path}'))
     assert path.read_bytes().startswith(b'\x89PNG')
 
 
-@pytest.mark.parametrize('script', ['assets/draw_attention.py', 'assets/draw_pipeline.py'])
+def test_the_drawn_losses_and_gradients_are_those_of_the_formulas():
+    curves = reward_curves()
+    d, loss, gradient = curves['Bradley-Terry']
+    assert torch.allclose(loss, (1 + (-d).exp()).log(), atol=1e-5)
+    assert torch.allclose(gradient, -1 / (1 + d.exp()), atol=1e-5)
+    d, loss, gradient = curves['margin ranking, margin 1']
+    assert torch.allclose(loss, (1 - d).clamp(min=0), atol=1e-5)
+    assert torch.equal(gradient[d < 0.99], torch.full_like(gradient[d < 0.99], -1))
+    assert torch.equal(gradient[d > 1.01], torch.zeros_like(gradient[d > 1.01]))
+    # A good token has no gradient above 1.2, a bad one has none below 0.8.
+    for advantage, kept in (('+1', [-1, -1, 0]), ('-1', [0, 1, 1])):
+        ratio, _, gradient = policy_curves()[f'advantage {advantage}']
+        for value, slope in zip((0.6, 1.0, 1.4), kept):
+            nearest = (ratio - value).abs().argmin()
+            assert gradient[nearest].item() == pytest.approx(slope, abs=1e-5)
+
+
+@pytest.mark.parametrize('of', ['reward', 'policy'])
+def test_the_script_draws_losses(of, tmp_path):
+    path = tmp_path / 'losses.png'
+    ok(call('assets/draw_losses.py', f'--of={of}', f'--out={path}'))
+    assert path.read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize('script', ['attention', 'losses', 'merges', 'mask', 'pipeline', 'rope',
+                                    'sampling', 'window'])
 def test_the_scripts_name_matplotlib_if_it_is_missing(script, small_base, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     monkeypatch.setitem(sys.modules, 'matplotlib.patches', None)
     args = [f'--out={tmp_path / "picture.png"}']
-    if script == 'assets/draw_attention.py':
+    if script in ('attention', 'mask', 'sampling'):
         args.append(f'--out_dir={small_base}')
-    assert 'pip install matplotlib' in one_line(call(script, *args))
+    if script == 'merges':
+        text = tmp_path / 'story.txt'
+        text.write_text(story(), encoding='utf-8')
+        args += [f'--input={text}', '--n_merges=1']
+    assert 'pip install matplotlib' in one_line(call(f'assets/draw_{script}.py', *args))
+
+
+# -----------------------------------------------------------------------------
+# draw_merges.py and draw_mask.py
+
+
+def test_the_cost_of_a_text_is_that_of_each_token_by_its_share_of_the_training_text():
+    # shares of 6/8 and 2/8, since each of the two tokens is counted once more than it occurs
+    bits = unigram_bits([5, 5, 5, 5, 5, 6], [5, 6, 6], vocab_size=2)
+    assert bits == pytest.approx(-math.log2(6 / 8) - 2 * math.log2(2 / 8))
+
+
+def test_each_merge_makes_tokens_longer_and_the_rows_are_those_of_tokenizers_of_that_size():
+    text = 'the cat sat on the mat, and the other cat sat on the other mat. ' * 20
+    rows = measure_merges(text, 16)
+    assert [merges for merges, _, _, _ in rows] == [0, 1, 2, 4, 8, 16]
+    lengths = [length for _, _, length, _ in rows]
+    assert lengths == sorted(lengths) and lengths[0] == 1
+    cut = len(text) * 9 // 10
+    tokenizer = Tokenizer.train(text[:cut], 256 + 8 + len(SPECIAL_TOKENS))
+    assert rows[4][1] == tokenizer.tokens[256 + 7]
+    val = text[cut:]
+    assert rows[4][2] == pytest.approx(len(val) / len(tokenizer.encode(val)))
+
+
+def test_the_drawn_losses_are_the_terms_of_the_models_loss():
+    model = GPT(GPTConfig(**SMALL))
+    ids = [3, 1, 4, 1, 5, 9]
+    _, loss = model(torch.tensor([ids[:-1]]), torch.tensor([ids[1:]]))
+    losses = token_losses(model, ids)
+    assert losses.shape == (5,)
+    assert losses.mean().item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_the_scripts_draw_the_merges_of_a_text_and_the_mask_of_a_chat(small_base, tmp_path):
+    text = tmp_path / 'story.txt'
+    text.write_text(story(), encoding='utf-8')
+    merges = tmp_path / 'merges.png'
+    printed = ok(call('assets/draw_merges.py', f'--input={text}', '--n_merges=4',
+                      f'--out={merges}'))
+    assert 'bits per byte' in printed
+    mask = tmp_path / 'mask.png'
+    printed = ok(call('assets/draw_mask.py', f'--out_dir={small_base}', '--chat=Hi?|Yes',
+                      f'--out={mask}'))
+    assert '4 are counted' in printed                                  # Yes and the end token
+    for path in (merges, mask):
+        assert path.read_bytes().startswith(b'\x89PNG')
+
+
+def test_the_figures_of_a_trained_model_are_its_vocabulary_and_its_final_bits_per_byte(tmp_path):
+    with pytest.raises(ValueError, match='no run of train.py that has ended'):
+        final_figures(str(tmp_path))
+    Logger(str(tmp_path), {}).write({'final': {'val_bpb': 2.5}})
+    save_checkpoint(tmp_path, {'step': 1, 'model': {}, 'model_args': {'vocab_size': 512},
+                               'config': {}})
+    assert final_figures(str(tmp_path)) == (512, 2.5)

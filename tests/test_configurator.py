@@ -45,7 +45,8 @@ from conftest import DAMAGED_LINES, ROOT, call, finish, ok, one_line, start
 # All files: doctests and imports
 
 DOCTESTED = ['configurator', 'model', 'bpe', 'sample', 'train', 'sft', 'reward', 'ppo',
-             'data.dataset', 'data.examples', 'data.pretrained', 'assets.draw']
+             'data.dataset', 'data.examples', 'data.pretrained', 'assets.draw', 'assets.draw_mask',
+             'assets.draw_merges']
 
 # Where each idea is introduced, it has a worked example.
 WORKED_EXAMPLES = ['model.attention', 'model.rotate', 'model.visible', 'model.KVCache',

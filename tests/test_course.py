@@ -1,25 +1,37 @@
 """
-The READMEs in config/ and tests/ and the headers of the config files are correct: the code, files,
-scripts, settings and metrics that they name exist. Their sources are parsed, no command is run.
+The course, the READMEs in config/ and tests/ and the headers of the config files are correct: the
+code, files, scripts, settings and metrics that they name exist, the lines that they quote are in
+the source, and their examples print what they show. The commands are checked but not run, except
+for a few; tests/run_course.py runs them all.
 """
 import ast
+import doctest
 import functools
 import os
 import re
 import shlex
+import sys
 
 import pytest
 
+import run_course
 from configurator import check_setting, parse_value, read_settings, run_config_file
-from conftest import ROOT
+from conftest import ROOT, call, ok, story
+from run_course import CHAPTERS, code_blocks, split_chapter
 
 COURSE = 'config/course/README.md'
 WORDPLAY = 'config/wordplay/README.md'
 READMES = ['README.md', 'data/README.md', COURSE, WORDPLAY, 'config/smollm2/README.md',
-           'tests/README.md']
+           'tests/README.md', *CHAPTERS]
 
-# The number of items in each of the eight parts of the course.
+# The number of items in each of the eight chapters of the course.
 ITEMS_PER_PART = (7, 6, 6, 5, 3, 4, 4, 5)
+
+# The parts of each item, in this order.
+PARTS_OF_ITEM = ('Formula', 'Code', 'Example', 'Run', 'Exercise')
+
+# Items whose commands the tests run; they need no network.
+ITEMS_TO_RUN = ['2.4', '2.5']
 
 # Stands for a file of the reader's own in the header of config/nanogpt.py.
 PLACEHOLDER = 'THEIR_CONFIG.py'
@@ -56,12 +68,27 @@ def in_backticks(text):
 def commands_in(text):
     """The commands in lines of shell: those that start with python or torchrun."""
     text = text.replace('\\\n', ' ')                           # a continued line
-    return re.findall(r'\b(?:python|torchrun) [^;`#\n]+', text)
+    return re.findall(r'\b(?:python|torchrun) (?:"[^"\n]*"|[^";`#|>\n])+', text)
 
 
 def indented_lines(text):
     """The lines of Markdown's indented code blocks."""
     return ''.join(re.findall('(?m)^    .*\n', text))
+
+
+def commands_of(path):
+    """The commands in the code blocks of a Markdown file."""
+    text = read(path)
+    shell = [content for _, content in code_blocks(text, 'sh')]
+    return commands_in(indented_lines(text) + ''.join(shell))
+
+
+def links_of(path):
+    """[(text, path of the file, anchor)] of the links to files in a Markdown file."""
+    links = re.findall(r'\[([^]\n]*)\]\(([^)#\s]*)#?([^)\s]*)\)', read(path))
+    folder = os.path.dirname(path)
+    return [(text, os.path.normpath(os.path.join(folder, target)) if target else path, anchor)
+            for text, target, anchor in links if not target.startswith('http')]
 
 
 def header(path):
@@ -80,7 +107,6 @@ def config_files():
 
 
 EXPERIMENTS = [path for path in config_files() if path.count('/') == 2]
-COURSE_ROWS = table_rows(read(COURSE), r'\d\.\d')
 
 
 # -----------------------------------------------------------------------------
@@ -108,17 +134,6 @@ def is_defined(node, names):
     return False
 
 
-def code_exists(code):
-    """Whether a dotted name, such as model.GPT.forward or data.examples.load_examples, exists."""
-    parts = code.split('.')
-    for i in range(1, len(parts)):
-        # The first parts are a module, which may lie in a folder.
-        path = '/'.join(parts[:i]) + '.py'
-        if exists(path):
-            return is_defined(tree(path), parts[i:])
-    return False
-
-
 @functools.cache
 def defaults_of(script):
     """{name: default} of a script's settings, from its source."""
@@ -130,6 +145,46 @@ def defaults_of(script):
             if name in names and name not in defaults:
                 defaults[name] = ast.literal_eval(node.value)
     return defaults
+
+
+def anchors_of(path):
+    """The anchors that GitHub gives to the headings of a Markdown file."""
+    anchors = set()
+    for title in re.findall('(?m)^#+ (.*)', read(path)):
+        words = re.sub(r'[^\w\- ]', '', title.lower())
+        anchors.add(words.replace(' ', '-'))
+    return anchors
+
+
+def find_lines(lines, source, start, indent):
+    """The line of the source after the first place, from `start` on, where `lines` stand, all
+    indented by `indent`; None if there is none."""
+    wanted = [indent + line if line else '' for line in lines]
+    for i in range(start, len(source) - len(wanted) + 1):
+        if source[i:i + len(wanted)] == wanted:
+            return i + len(wanted)
+    return None
+
+
+def is_quoted_from(quote, source):
+    """
+    Whether a quote stands in the source, apart from its indentation. A line `...` in the quote
+    stands for lines that are left out.
+
+    >>> source = 'if a:\\n    b = 1\\n    c = 2\\n    d = 3\\n'
+    >>> is_quoted_from('b = 1\\n...\\nd = 3\\n', source), is_quoted_from('b = 1\\nd = 3\\n', source)
+    (True, False)
+    """
+    pieces = re.split(r'(?m)^ *\.\.\.\n', quote)
+    source = source.splitlines()
+    for indent in range(0, 24, 4):
+        end = 0
+        for piece in pieces:
+            if end is not None:
+                end = find_lines(piece.splitlines(), source, end, ' ' * indent)
+        if end is not None:
+            return True
+    return False
 
 
 def check_command(command):
@@ -154,7 +209,7 @@ def check_command(command):
     # 4. Its config files and settings. Folders, which assets/draw.py takes, need not exist yet.
     defaults = defaults_of(script)
     for word in words[2:]:
-        if word.endswith('.py') and word != PLACEHOLDER:
+        if not word.startswith('--') and word.endswith('.py') and word != PLACEHOLDER:
             found = run_config_file(os.path.join(ROOT, word), defaults, defaults)
             assert found, f'{word} sets nothing'
         elif word.startswith('--'):
@@ -170,38 +225,92 @@ def check_command(command):
 # The course
 
 
-def test_the_course_has_forty_items_in_order_each_with_six_cells():
-    expected = []
-    for part, n_items in enumerate(ITEMS_PER_PART, 1):
-        expected += [f'{part}.{item}' for item in range(1, n_items + 1)]
-    assert len(expected) == 40
-    assert [row[0] for row in COURSE_ROWS] == expected
-    assert all(len(row) == 6 and all(row) for row in COURSE_ROWS)
+def expected_items(chapter):
+    """The items of a chapter: ['1.1', '1.2', ...]."""
+    return [f'{chapter}.{i + 1}' for i in range(ITEMS_PER_PART[chapter - 1])]
 
 
-@pytest.mark.parametrize('row', COURSE_ROWS, ids=lambda row: row[0])
-def test_the_code_and_the_test_files_of_an_item_exist(row):
-    codes = [code for code in in_backticks(row[2]) if not exists(code)]
-    assert codes
-    for code in codes:
-        assert code_exists(code), code
-    tests = in_backticks(row[3])
-    assert tests
-    for test in tests:
-        assert test.startswith('tests/test_') and exists(test), test
+def number_of(path):
+    """The number of a chapter, from the name of its file."""
+    return int(os.path.basename(path)[0])
 
 
-@pytest.mark.parametrize('row', COURSE_ROWS, ids=lambda row: row[0])
-def test_the_steps_of_scripts_that_an_item_names_exist(row):
-    for step, script in re.findall(r'step (\d+) of `(\w+\.py)`', row[2]):
-        assert re.search(rf'(?m)^ +# {step}\. ', read(script)), (step, script)
+def test_the_course_has_forty_items_in_eight_chapters():
+    assert sum(ITEMS_PER_PART) == 40
+    assert [number_of(path) for path in CHAPTERS] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-@pytest.mark.parametrize('row', COURSE_ROWS, ids=lambda row: row[0])
-def test_the_command_of_an_item_is_valid(row):
-    commands = in_backticks(row[4])
-    assert len(commands) == 1
-    check_command(commands[0])
+@pytest.mark.parametrize('path', CHAPTERS)
+def test_a_chapter_has_its_items_in_order_each_with_its_parts(path):
+    items = split_chapter(read(path))
+    assert list(items) == ['', *expected_items(number_of(path))]
+    for item, text in items.items():
+        if item:
+            assert tuple(re.findall(r'(?m)^\*\*(\w+)\.\*\*', text)) == PARTS_OF_ITEM, item
+            parts = dict(zip(PARTS_OF_ITEM, re.split(r'(?m)^\*\*\w+\.\*\*', text)[1:]))
+            assert re.search(r'\$\$|```math', parts['Formula']), item
+            assert code_blocks(parts['Code'], 'python'), item
+            assert '>>> ' in parts['Example'], item
+            assert code_blocks(parts['Run'], 'sh'), item
+            assert '<details><summary>' in parts['Exercise'], item
+
+
+@pytest.mark.parametrize('path', CHAPTERS)
+def test_the_contents_page_links_to_each_item(path):
+    anchors = {anchor for _, target, anchor in links_of(COURSE) if target == path}
+    for item in expected_items(number_of(path)):
+        assert any(anchor.startswith(item.replace('.', '') + '-') for anchor in anchors), item
+
+
+@pytest.mark.parametrize('path', CHAPTERS)
+def test_the_lines_that_a_chapter_quotes_stand_in_the_source(path):
+    quotes = [(rest.removeprefix('from='), content)
+              for rest, content in code_blocks(read(path), 'python') if rest.startswith('from=')]
+    assert quotes
+    for source, quote in quotes:
+        assert is_quoted_from(quote, read(source)), f'not in {source}:\n{quote}'
+
+
+@pytest.mark.parametrize('path', CHAPTERS)
+def test_the_examples_of_a_chapter_print_what_they_show(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    examples = [content for rest, content in code_blocks(read(path), 'python') if not rest]
+    # An empty line ends the output of the last example of a block.
+    parsed = doctest.DocTestParser().get_doctest('\n\n'.join(examples), {}, path, path, 0)
+    report = []
+    results = doctest.DocTestRunner().run(parsed, out=report.append)
+    assert results.attempted > 0 and results.failed == 0, ''.join(report)
+
+
+def test_the_examples_in_the_docstrings_of_the_tests_print_what_they_show():
+    for module in (sys.modules[__name__], run_course):
+        results = doctest.testmod(module)
+        assert results.attempted > 0 and results.failed == 0
+
+
+def test_selected_items_are_run_after_the_start_of_their_chapter():
+    every_block = run_course.select_blocks([])
+    first = run_course.select_blocks(['1'])
+    assert first and every_block[:len(first)] == first
+    assert {item for item, _ in run_course.select_blocks(['1.3'])} - {'start of chapter 1'} == {
+        '1.3'}
+    with pytest.raises(ValueError, match='no chapter or item 1.9, 9'):
+        run_course.select_blocks(['1.3', '9', '1.9'])
+
+
+def test_commands_of_the_course_run_in_a_shortened_form(tmp_path):
+    copy = tmp_path / 'project'
+    run_course.copy_project(copy)
+    # A small text in place of the plays, which would be downloaded.
+    text = tmp_path / 'story.txt'
+    text.write_text(story(), encoding='utf-8')
+    ok(call('data/text/prepare.py', f'--input={text}', f'--out={copy}/data/shakespeare'))
+    environment = run_course.make_python(tmp_path / 'bin')
+    for item, block in run_course.select_blocks(ITEMS_TO_RUN):
+        status, output = run_course.run_block(block, copy, environment)
+        assert status == 0, f'{item}: {block}{output}'
+    status, output = run_course.run_block('python train.py --max_iter=5', copy, environment)
+    assert status == 2 and 'max_iters' in output
 
 
 # -----------------------------------------------------------------------------
@@ -210,7 +319,7 @@ def test_the_command_of_an_item_is_valid(row):
 
 @pytest.mark.parametrize('path', READMES)
 def test_the_commands_of_a_readme_are_valid(path):
-    commands = commands_in(indented_lines(read(path)))
+    commands = commands_of(path)
     assert commands
     for command in commands:
         check_command(command)
@@ -225,12 +334,17 @@ def test_no_script_writes_to_a_tracked_picture_unless_it_is_named():
 
 
 @pytest.mark.parametrize('path', READMES)
-def test_the_files_that_a_readme_links_to_exist(path):
-    folder = os.path.dirname(path)
-    links = re.findall(r'\]\(([^)#]+)', read(path))
+def test_the_files_and_functions_that_a_readme_links_to_exist(path):
+    links = links_of(path)
     assert links or path == 'data/README.md'
-    for link in links:
-        assert exists(os.path.join(folder, link)), link
+    for text, target, anchor in links:
+        assert exists(target), target
+        if target.endswith('.md') and anchor:
+            assert anchor in anchors_of(target), (target, anchor)
+        # The text of a link to a source may be code, such as `Attention.forward`.
+        code = re.fullmatch(r'`([\w.]+)`', text)
+        if target.endswith('.py') and code and not code[1].endswith('.py'):
+            assert is_defined(tree(target), code[1].split('.')), (target, text)
 
 
 @pytest.mark.parametrize('path', config_files())

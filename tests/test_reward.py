@@ -10,13 +10,14 @@ import shutil
 import pytest
 import torch
 
+import break_reward_model
 import reward
 from bpe import Tokenizer
 from configurator import load_checkpoint, read_log, save_checkpoint
 from conftest import (CPU, ROOT, call, checker_again, finish, flags, letters, ok, one_line, start,
                       with_checker)
 from data.examples import load_gold, read_examples
-from data.pretrained import load_reward_model
+from data.pretrained import load_chat_model, load_reward_model
 from model import GPT, GPTConfig, RewardModel
 from sample import pad_left
 
@@ -622,6 +623,32 @@ def test_check_prints_one_line_per_sanity_check(letters_data, small_reward, smal
     assert all(line.startswith('ok') for line in lines[:3]), output
     n_failed = sum(line.startswith('FAILED') for line in lines)
     assert result.returncode == (1 if n_failed else 0), output
+
+
+def test_each_sanity_check_notices_the_fault_that_it_is_for(letters_data, small_sft):
+    policy, tok = load_chat_model(str(small_sft.folder), {})
+    with_dropout, _ = load_chat_model(str(small_sft.folder), {'dropout': 0.1})
+    pairs = []
+    for split in ('train', 'val'):
+        rows = read_examples(letters_data / f'pref_{split}.jsonl', 'preference')
+        pairs.append(reward.prepare_pairs(rows, tok, 32))
+    verdicts = list(break_reward_model.break_code(policy, with_dropout, *pairs))
+    for fault, (ok, message), _ in verdicts[:3]:
+        assert ok, (fault, message)
+    for fault, _, (ok, message) in verdicts:
+        assert not ok, (fault, message)
+
+
+@pytest.mark.parametrize('figure, value, broken', [
+    ('accuracy_length_only', 0.9, 'length-only baseline'),
+    ('score_std', 0.05, 'its scores differ'),
+    ('calibration_error', 0.2, 'they are calibrated')])
+def test_the_checks_of_a_trained_model_fail_for_a_figure_that_is_too_bad(figure, value, broken):
+    figures = {'accuracy_clean': 0.95, 'accuracy_length_only': 0.5, 'score_std': 1.0,
+               'calibration_error': 0.02}
+    assert all(ok for ok, _ in reward.check_figures(figures))
+    verdicts = reward.check_figures({**figures, figure: value})
+    assert [broken in message for ok, message in verdicts if not ok] == [True]
 
 
 def test_check_uses_the_causal_setting_of_the_run(letters_data, small_base, tmp_path):

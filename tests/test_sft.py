@@ -258,9 +258,19 @@ def test_the_examples_of_a_step_are_ordered_by_length_so_that_little_is_padded()
     assert batch_lengths == sorted(batch_lengths)
 
 
+def test_examples_are_ordered_by_their_whole_length_or_by_that_of_their_prompt():
+    examples = []
+    for n_prompt, n_response in [(5, 1), (2, 6), (3, 2)]:
+        mask = torch.tensor([0] * n_prompt + [1] * n_response)
+        examples.append((torch.zeros(len(mask), dtype=torch.long), mask))
+    assert sft.order_by_length(examples, 'none') == [2, 0, 1]              # lengths 6, 8, 5
+    assert sft.order_by_length(examples, 'short_examples') == [2, 0, 1]
+    assert sft.order_by_length(examples, 'short_prompts') == [1, 2, 0]     # lengths 5, 2, 3
+
+
 def test_the_curriculum_goes_from_the_shortest_quarter_to_all_examples():
     by_length = list(range(400))
-    settings = order_settings(curriculum='short_to_long')
+    settings = order_settings(curriculum='short_examples')
     longest = [max(sft.batch_indices(by_length, step, settings)) for step in range(100)]
     # Four stages of 100 more examples each; the last begins at half of the 100 steps.
     for stage, (first, last) in enumerate([(0, 17), (17, 33), (33, 50), (50, 100)]):
@@ -453,7 +463,7 @@ def test_a_context_without_room_for_a_question_is_an_error_of_one_line(
 
 def test_a_stopped_run_resumes_bit_for_bit(letters_data, small_base, tmp_path):
     settings = flags(FAST, dataset=letters_data, init_from=small_base, dropout=0.1,
-                     curriculum='short_to_long')
+                     curriculum='short_prompts')
     whole = tmp_path / 'whole'
     half = tmp_path / 'half'
     ok(call('sft.py', *settings, f'--out_dir={whole}'))
@@ -506,7 +516,7 @@ def test_a_hugging_face_model_is_trained_and_its_tokenizer_gets_the_chat_tokens(
 
 @pytest.mark.parametrize('argument, message', [
     ('--curriculum=hard_to_easy',
-     "curriculum must be one of 'none', 'short_to_long'; got 'hard_to_easy'"),
+     "curriculum must be one of 'none', 'short_prompts', 'short_examples'; got 'hard_to_easy'"),
     ('--curriculum_stages=0', 'curriculum_stages must be at least 1; got 0'),
     ('--init_from=nowhere', 'nowhere'),
 ])

@@ -6,8 +6,8 @@
 #
 # It needs out/small, made with config/course/small.py.
 #
-# Result, on one core, without the 3.2 s of start-up: 2.8 s with the cache, 31 s without it. Both
-# print the same text.
+# Result, in seconds of one core, without the 3.0 s of start-up: 2.5 s with the cache, 27 s without
+# it. Both print the same text.
 
 out_dir = 'out/small'
 num_samples = 1

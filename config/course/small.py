@@ -6,8 +6,8 @@
 #     python train.py config/course/small.py config/course/norms.py --norm=layernorm \
 #         --out_dir=out/layernorm
 #
-# Result of the first command: 2.073 nats (2.990 bits) per byte on the whole validation set, after
-# 14 s on one core. Half of the time is that evaluation.
+# Result of the first command: 2.042 nats (2.946 bits) per byte on the whole validation set, after
+# 15 s on one core of a 2-core CPU with AVX-512. Half of the time is that evaluation.
 
 out_dir = 'out/small'
 tokenizer = 'byte'
@@ -17,4 +17,3 @@ block_size = 64
 max_iters = 200
 eval_interval = 50
 sample_tokens = 0
-mlp = 'relu2'  # squared ReLU, with which the results above were measured

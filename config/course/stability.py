@@ -1,0 +1,22 @@
+# PPO driven hard: four epochs of updates per iteration and high learning rates. Each precaution of
+# PPO is switched off once, to see which of them matter then.
+#
+#     python ppo.py config/course/stability.py
+#     python ppo.py config/course/stability.py --clip_range=1000 --out_dir=out/no_ratio_clip
+#
+# It needs out/sft and out/reward, made with config/wordplay/sft.py and config/wordplay/reward.py.
+# Chapter 8.5 has the other commands.
+#
+# Result: @
+
+out_dir = 'out/stable'
+kl_coef = 0.1
+batch_size = 64
+minibatch_size = 16
+ppo_epochs = 4
+learning_rate = 1e-3
+critic_lr = 5e-3
+max_iters = 20
+eval_interval = 20
+eval_prompts = 100
+test_prompts = 200
