@@ -183,8 +183,9 @@ def batch_indices(by_length, step, config):
         last_stage_at = config['max_iters'] * config['curriculum_frac']
         stage, stage_start, n = curriculum_stage(step, n, config['curriculum_stages'],
                                                  last_stage_at)
-    # The order is sorted within this step (groups=1), and by_length makes it one of lengths.
-    order = grouped_order(n, step - stage_start, count, 1, config['seed'], 'batches', stage)
+    # The numbers of this step's examples in ascending order, which by_length makes one of lengths.
+    n_steps = 1  # that are sorted together
+    order = grouped_order(n, step - stage_start, count, n_steps, config['seed'], 'batches', stage)
     return [by_length[i] for i in order]
 
 
