@@ -112,13 +112,15 @@ def one_line(result):
 
 
 def process_of_rank(rank, torchrun):
-    """The process id of a rank, a child of the process torchrun."""
+    """The process id of a rank, a child of the process torchrun; None if there is none now."""
     with open(f'/proc/{torchrun}/task/{torchrun}/children') as f:
         children = f.read().split()
     for pid in children:
-        with open(f'/proc/{pid}/environ') as f:
+        # A child may end before its environment is read.
+        with contextlib.suppress(OSError), open(f'/proc/{pid}/environ') as f:
             if f'RANK={rank}' in f.read().split('\0'):
                 return int(pid)
+    return None
 
 
 def same(a, b):
