@@ -908,7 +908,7 @@ class GPT(nn.Module):
         if c.pos == 'learned':
             x = x + self.wpe(pos.clamp(min=0))
         elif c.pos == 'sinusoidal':
-            # The embedding is scaled to the size of the encoding (arXiv 1706.03762, section 3.4).
+            # The embedding is multiplied by sqrt(C), as in arXiv 1706.03762, section 3.4.
             x = x * math.sqrt(c.n_embd) + sinusoidal(pos, c.n_embd).to(x.dtype)
         x = self.drop(x)
         for block in self.h[:-1]:

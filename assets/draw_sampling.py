@@ -38,7 +38,7 @@ def next_token_logits(model, ids):
 
 
 def visible_label(tok, token):
-    """The text of a token, with signs in place of a blank and a line end."""
+    """The text of a token, with visible characters in place of a space and a line end."""
     return tok.decode([token]).replace(' ', '·').replace('\n', '¶')
 
 
@@ -63,6 +63,7 @@ def draw_distributions(logits, tok, n_tokens, path):
         axis = figure.add_subplot(2, 3, i + 1, title=name, sharey=shared)
         axis.bar(labels, sampled[tokens], color='C0', label='sampled from')
         axis.bar(labels, predicted[tokens], fill=False, edgecolor='gray', label='predicted')
+        axis.tick_params(axis='x', labelfontfamily='monospace')  # there I and l differ
         axis.grid(axis='y', alpha=0.3)
     figure.axes[0].legend()
     figure.supxlabel(f'next token after "{text}"')
