@@ -34,8 +34,8 @@ WINDOW = 5
 N_LARGEST = 64
 
 # What score_policy needs of the settings of ppo.py and of a run.
-SETTINGS = {'seed': 1, 'batch_size': 200, 'minibatch_size': 200, 'max_new_tokens': 32,
-            'temperature': 1.0}
+SETTINGS = {'seed': 1, 'batch_size': 200, 'minibatch_size': 200, 'gradient_accumulation_steps': 1,
+            'max_new_tokens': 32, 'temperature': 1.0}
 RUN = types.SimpleNamespace(device='cpu', autocast=contextlib.nullcontext())
 
 
@@ -43,6 +43,15 @@ def best_of_n_kl(n):
     """The KL, in nats per response, of the best of n samples from their distribution, if no two of
     them have equal scores; otherwise it is lower (arXiv 2401.01879)."""
     return math.log(n) - (n - 1) / n
+
+
+def label_of(config):
+    """The name of the curve of a run of ppo.py with these settings, such as RLOO, no KL penalty."""
+    algorithm = {'gae': 'PPO', 'rloo': 'RLOO', 'grpo': 'GRPO'}[config['adv']]
+    penalty = 'no KL penalty'
+    if config['kl_control'] != 'none':
+        penalty = f"{config['kl_control']} KL penalty, {config['kl_coef']}"
+    return f'{algorithm}, {penalty}'
 
 
 def read_curve(folder):
@@ -137,11 +146,12 @@ def main():
     curves = {}
     dpo_points = []
     for folder in args.folders:
-        if load_checkpoint(folder)['stage'] == 'dpo':
+        checkpoint = load_checkpoint(folder)
+        if checkpoint['stage'] == 'dpo':
             dpo_points += measure_policy(folder, reference, tok, rows, prompts, scorer,
                                          check_response)
         else:
-            curves[os.path.basename(folder)] = read_curve(folder)
+            curves[label_of(checkpoint['config'])] = read_curve(folder)
     if dpo_points:
         curves['DPO'] = sorted(dpo_points)
     curves['best of n'] = best_of_n_curve(reference, tok, rows, prompts, scorer, check_response)
@@ -150,7 +160,7 @@ def main():
     for name, points in curves.items():
         best = max(points, key=lambda point: point[1])
         last = points[-1]
-        print(f'{name:20} best gold {best[1]:.3f} at KL {best[0]:6.2f}; last point: gold '
+        print(f'{name:26} best gold {best[1]:.3f} at KL {best[0]:6.2f}; last point: gold '
               f'{last[1]:.3f}, score {last[2]:5.2f}, KL {last[0]:6.2f}')
     draw(curves, args.out)
 

@@ -8,7 +8,7 @@
 #         python ppo.py config/wordplay/ppo.py config/course/advantages.py --adv=$a \
 #             --out_dir=out/adv_$a
 #     done
-#     python assets/draw.py out/adv_gae out/adv_rloo out/adv_grpo \
+#     python assets/draw.py out/adv_gae out/adv_rloo out/adv_grpo --out=out/advantages.png \
 #         --metrics=objective/gold,objective/score,objective/kl_exact
 #
 # It needs out/sft and out/reward, made with config/wordplay/sft.py and config/wordplay/reward.py.

@@ -7,7 +7,7 @@
 #             --out_dir=out/reward_$l
 #     done
 #     python assets/draw.py out/reward_bt out/reward_margin out/reward_bt_margin \
-#         --metrics=accuracy,calibration_error,auc
+#         --metrics=accuracy_clean,auc,calibration_error --out=out/reward_curves.png
 #
 # It needs out/sft, made with config/wordplay/sft.py.
 #

@@ -11,11 +11,11 @@
 
 out_dir = 'out/stable'
 kl_coef = 0.1
-batch_size = 64
-minibatch_size = 16
+batch_size = 128
+minibatch_size = 32
 ppo_epochs = 4
-learning_rate = 1e-3
-critic_lr = 5e-3
+learning_rate = 5e-4
+critic_lr = 2e-3
 max_iters = 20
 eval_interval = 20
 eval_prompts = 100
