@@ -27,7 +27,7 @@ def draw_schedules(folders, path, first=0):
     """Draw the runs in `folders`: their rates on the left, their losses on the right. ValueError if
     there are none."""
     if not folders:
-        raise ValueError('name the folders of the runs: python assets/draw_schedules.py out/a out/b')
+        raise ValueError('name the folders of the runs, such as out/cosine-0 out/cosine-20')
     from matplotlib.figure import Figure
     figure = Figure(figsize=(10, 3.8), layout='constrained')
     left, right = figure.subplots(1, 2)

@@ -2,8 +2,8 @@
 What the scripts in assets/ promise: the comparison of runs and their curves (draw.py), the
 attention maps (draw_attention.py), the distributions that are sampled from (draw_sampling.py), the
 losses (draw_losses.py), and the pictures of the pipeline, of RoPE, of windows and their caches, of
-merges, of schedules and of the loss mask. Independent of them: what matplotlib was given, the outputs of the
-model's attention layers, formulas, and plain loops.
+merges, of schedules and of the loss mask. Independent of them: what matplotlib was given, the
+outputs of the model's attention layers, formulas, and plain loops.
 """
 import math
 import sys
