@@ -2,8 +2,8 @@
 What the scripts in assets/ promise: the comparison of runs and their curves (draw.py), the
 attention maps (draw_attention.py), the distributions that are sampled from (draw_sampling.py), the
 losses (draw_losses.py), and the pictures of the pipeline, of RoPE, of windows and their caches, of
-merges and of the loss mask. Independent of them: what matplotlib was given, the outputs of the
-model's attention layers, formulas, and plain loops.
+merges, of schedules and of the loss mask. Independent of them: what matplotlib was given, the
+outputs of the model's attention layers, formulas, and plain loops.
 """
 import math
 import sys
@@ -17,6 +17,7 @@ from assets.draw_rope import at_position, pair_angles
 from assets.draw_window import ring_slots, visible_positions
 from assets.draw_mask import token_losses
 from assets.draw_merges import final_figures, measure_merges, unigram_bits
+from assets.draw_schedules import draw_schedules
 from bpe import SPECIAL_TOKENS, Tokenizer
 from assets.draw_losses import policy_curves, reward_curves
 from configurator import Logger, save_checkpoint
@@ -401,3 +402,35 @@ def test_the_figures_of_a_trained_model_are_its_vocabulary_and_its_final_bits_pe
     save_checkpoint(tmp_path, {'step': 1, 'model': {}, 'model_args': {'vocab_size': 512},
                                'config': {}})
     assert final_figures(str(tmp_path)) == (512, 2.5)
+
+
+# -----------------------------------------------------------------------------
+# draw_schedules.py
+
+
+def write_linear_run(folder, warmup):
+    """A run of four steps with the schedule 'linear'."""
+    folder = write_run(folder, [3.0], learning_rate=0.5, max_iters=4, lr_schedule='linear',
+                       warmup_iters=warmup)
+    logger = Logger(folder, {}, 1)
+    for step, loss in ((0, 5.0), (2, 4.0), (4, 3.0)):
+        logger.log(step, {'val_loss': loss})
+    return folder
+
+
+def test_the_drawn_rates_and_losses_are_those_of_the_runs(tmp_path, figures):
+    folders = [write_linear_run(tmp_path / f'warmup-{warmup}', warmup) for warmup in (0, 2)]
+    draw_schedules(folders, str(tmp_path / 'pictures' / 'schedules.png'), first=2)
+    rates, losses = panels_of(figures[0]).values()
+    assert rates['linear, 0 steps of warm-up'][1] == [0.5, 0.375, 0.25, 0.125, 0.0]
+    assert rates['linear, 2 steps of warm-up'][1] == pytest.approx([0.5 / 3, 1 / 3, 0.5, 0.25, 0])
+    assert losses['linear, 2 steps of warm-up'] == ([2, 4], [4.0, 3.0])
+
+
+def test_the_script_draws_the_schedules_of_the_runs_that_are_named(tmp_path):
+    path = tmp_path / 'schedules.png'
+    folder = write_linear_run(tmp_path / 'run', 2)
+    ok(call('assets/draw_schedules.py', folder, f'--out={path}', '--first=0'))
+    assert path.read_bytes().startswith(b'\x89PNG')
+    problem = one_line(call('assets/draw_schedules.py', f'--out={path}'))
+    assert 'name the folders of the runs' in problem

@@ -8,8 +8,8 @@
 #         --out_dir=out/bfloat16
 #     python assets/draw.py out/one out/four out/bfloat16 --metrics=loss,grad_norm
 #
-# Result, in nats per byte after 50 steps, with squared ReLU in the MLP; to be measured again:
-# 2.5708699 at once, 2.5708698 with four micro-batches, 2.5694 in bfloat16.
+# Result, in nats per byte after 50 steps: 2.5892061 at once, 2.5892060 with four micro-batches,
+# 2.5889988 in bfloat16.
 
 max_iters = 50
 log_interval = 1
