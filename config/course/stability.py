@@ -1,5 +1,6 @@
-# PPO driven hard: four epochs of updates per iteration and high learning rates. Each precaution of
-# PPO is switched off once, to see which of them matter then.
+# PPO with larger steps: four epochs of updates per iteration, smaller minibatches, and learning
+# rates two to two and a half times as high. Each precaution of PPO is switched off once, to see
+# which of them matter then.
 #
 #     python ppo.py config/course/stability.py
 #     python ppo.py config/course/stability.py --clip_range=1000 --out_dir=out/no_ratio_clip
