@@ -28,6 +28,7 @@ UNITS = {
     'val_loss': 'nats per token',
     'val_bpb': 'bits per byte',
     'response_loss': 'nats per token',
+    'exact_match': 'share of the responses',
     'lr': 'learning rate',
     'grad_norm': 'L2 norm',
     'ms': 'milliseconds per step',

@@ -1,5 +1,6 @@
-# Gradient accumulation and mixed precision: a step on 16 sequences at once, or on four micro-batches
-# of 4 whose gradients are added. The step is the same. The third run multiplies in bfloat16.
+# Gradient accumulation and mixed precision: a step on 16 sequences at once, or on four
+# micro-batches of 4 whose gradients are added. The step is the same. The third run multiplies in
+# bfloat16.
 #
 #     python train.py config/course/small.py config/course/accumulation.py --out_dir=out/one
 #     python train.py config/course/small.py config/course/accumulation.py --batch_size=4 \
