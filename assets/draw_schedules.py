@@ -20,7 +20,10 @@ first = 50                    # first step of the losses to draw; the rates begi
 
 def rates_of(settings):
     """The learning rate at each step of a run, from its settings."""
-    return [learning_rate_at(step, settings) for step in range(settings['max_iters'] + 1)]
+    rates = []
+    for step in range(settings['max_iters'] + 1):
+        rates.append(learning_rate_at(step, settings))
+    return rates
 
 
 def draw_schedules(folders, path, first=0):
@@ -38,14 +41,16 @@ def draw_schedules(folders, path, first=0):
         warmup = settings['warmup_iters']
         # 1. The style of the run in both panels.
         color = colors.setdefault(schedule, f'C{len(colors)}')
-        style = '-' if warmup else '--'
+        style = '-'
+        if warmup == 0:
+            style = '--'
         label = f'{schedule}, {warmup} steps of warm-up'
         # 2. Its curves. Curves that coincide are visible, because later ones are thinner.
         width = 3.2 - 0.7 * (len(colors) - 1)
         rates = rates_of(settings)
         left.plot(range(len(rates)), rates, style, color=color, linewidth=width, label=label)
         panels = collect_curves([folder], [label], 'val_loss', first)
-        losses = panels['val_loss'][label] if panels else {}
+        losses = panels.get('val_loss', {label: {}})[label]
         right.plot(list(losses), list(losses.values()), style, color=color, label=label)
     left.set_title('learning rate of AdamW')
     left.set_ylabel('learning rate')
@@ -62,7 +67,10 @@ def draw_schedules(folders, path, first=0):
 
 if __name__ == '__main__':
     # `configure` would take the folders for config files, so they are removed first.
-    folders = [word.rstrip('/') for word in sys.argv[1:] if not word.startswith('-')]
+    folders = []
+    for word in sys.argv[1:]:
+        if not word.startswith('-'):
+            folders.append(word.rstrip('/'))
     sys.argv[1:] = [word for word in sys.argv[1:] if word.startswith('-')]
     configure(globals())
     draw_schedules(folders, out, first)
