@@ -31,6 +31,8 @@ UNITS = {
     'tokens_per_second': 'tokens per second',
     'episodes_per_second': 'episodes per second',
     'response_length': 'tokens',
+    'val/explained_variance': 'share of the variance',
+    'objective/gold': 'share of correct responses',
     'objective/kl': 'nats per response',
     'objective/kl_exact': 'nats per response',
     'objective/kl_k3': 'nats per response',
