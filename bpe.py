@@ -991,7 +991,7 @@ def check_message(index, message):
 
 def place_system(messages, chat):
     """The messages of a chat, with the system message in its place, as a list of (role, content,
-    whether the loss counts it).
+    1 if the loss counts it, else 0).
 
     messages: [{'role': ..., 'content': ...}, ...]. ValueError for a message of another form.
     """
@@ -1003,7 +1003,7 @@ def place_system(messages, chat):
         if role not in ('user', 'assistant') and not is_system:
             raise ValueError(f'message {i}: role {role!r} must be user or assistant, '
                              'or system at the start')
-        counted = role == 'assistant' and message.get('weight', 1) != 0
+        counted = int(role == 'assistant' and message.get('weight', 1) != 0)
         turns.append((role, content, counted))
     has_system = bool(turns) and turns[0][0] == 'system'
     users = [i for i, (role, _, _) in enumerate(turns) if role == 'user']
@@ -1013,7 +1013,7 @@ def place_system(messages, chat):
     # 2. Where the format has no turn for the system, its text goes before a user's.
     if has_system and chat.system != 'own turn':
         i = users[0] if chat.system == 'first user' else users[-1]
-        turns[i] = ('user', turns[0][1] + '\n\n' + turns[i][1], False)
+        turns[i] = ('user', turns[0][1] + '\n\n' + turns[i][1], 0)
         turns = turns[1:]
     return turns
 
@@ -1091,12 +1091,12 @@ def render_chat(messages, tokenizer):
         words = tokenizer.encode_after_special(opening + content)
         n_opening = n_common(words, tokenizer.encode_after_special(opening))
         ids += words
-        loss_mask += [0] * n_opening + [int(counted)] * (len(words) - n_opening)
+        loss_mask += [0] * n_opening + [counted] * (len(words) - n_opening)
 
         # 4. What comes after it: the loss counts the first token, which ends a response.
         for part in chat.after[role]:
             ids += encode_part(part)
-        loss_mask += [int(counted)]
+        loss_mask += [counted]
         loss_mask += [0] * (len(ids) - len(loss_mask))
 
     # 5. If it is the model's turn: what begins a response.

@@ -318,6 +318,11 @@ def torchrun_id():
     return os.environ.get('TORCHELASTIC_RUN_ID', '')
 
 
+def settings_that_name_code(config):
+    """The settings among config whose value is FILE.py:function."""
+    return {key: config[key] for key in CODE_SETTINGS if config.get(key, '') not in NO_CODE}
+
+
 def resume(config, overrides, fixed):
     """
     Returns (config, checkpoint). For a new run these are the config as it is, and {}.
@@ -372,9 +377,9 @@ def resume(config, overrides, fixed):
         raise ValueError(f'{path}: {error}') from error
 
     # 4. What code is run is decided by the command line, never by a checkpoint.
-    for key in CODE_SETTINGS:
-        if key not in overrides and config.get(key, '') not in NO_CODE:
-            raise ValueError(f'{path}: the run was started with --{key}={config[key]}. A '
+    for key, value in settings_that_name_code(config).items():
+        if key not in overrides:
+            raise ValueError(f'{path}: the run was started with --{key}={value}. A '
                              'checkpoint may come from somebody else, so code that it names is not '
                              'run: give this setting again')
     return config, checkpoint
@@ -1015,9 +1020,8 @@ class StopSignal:
         if stopping:
             script = os.path.basename(sys.argv[0])
             words = [script, '--init_from=resume', f"--out_dir={config['out_dir']}"]
-            for key in CODE_SETTINGS:  # they must be given again, see resume()
-                if config.get(key, '') not in NO_CODE:
-                    words.append(f'--{key}={config[key]}')
+            for key, value in settings_that_name_code(config).items():
+                words.append(f'--{key}={value}')  # resume() wants it again
             command = shlex.join(words)
             print(printable(f'stopped at step {step}; resume with: python {command}'))
             sys.exit(exit_code)

@@ -75,7 +75,7 @@ kl_control = 'fixed'               # 'fixed' | 'adaptive' (arXiv 1909.08593, sec
 kl_coef = 0.05                     # weight of the KL penalty; 'adaptive' starts with it
 kl_target = 0.4                    # nats per response that 'adaptive' aims at
 kl_horizon = 5000                  # the coefficient changes by at most 20% per this many responses
-whiten_rewards = False             # divide rewards by their standard deviation (not for grpo)
+whiten_rewards = False             # scale rewards to variance 1, keeping their mean (not for grpo)
 # advantages and losses
 adv = 'gae'                        # 'gae' (with a critic) | 'rloo' | 'grpo'
 group_size = 4                     # responses to each prompt, for rloo and grpo

@@ -298,7 +298,7 @@ def length_only_accuracy(rows, is_flipped):
     of preferring the longer and the shorter one."""
     longer = torch.tensor([float(len(row['chosen']) - len(row['rejected'])) for row in rows])
     longer = torch.where(is_flipped, -longer, longer)
-    return max(accuracy(longer).item(), accuracy(-longer).item())
+    return max(accuracy(longer), accuracy(-longer)).item()
 
 
 def pair_figures(chosen, rejected, rows, gold=None, flip_rate=0.0):

@@ -349,6 +349,11 @@ def test_a_function_as_the_value_of_a_setting_is_an_error(error_of):
     assert message.startswith('a.py:3: max_iters must be of type int, like 100; got <function')
 
 
+def test_a_function_of_a_config_file_may_assign_a_setting(settings_of):
+    text = 'def _deepen():\n    global n_layer\n    n_layer = 7\n_deepen()'
+    assert settings_of('a.py', a=text)['n_layer'] == 7
+
+
 def test_a_setting_whose_default_is_auto_may_be_a_bool(settings_of):
     config = settings_of('a.py', 'b.py', a='compile = False', b="compile = 'auto'")
     assert config['compile'] == 'auto'
@@ -368,6 +373,7 @@ def test_a_setting_whose_default_is_auto_may_be_a_bool(settings_of):
     (['--n_layer='], ['--n_layer=', 'int']),
     (['--n_layer=__import__("os").getpid()'], ['int']),
     (['--learning_rate=fast'], ['--learning_rate=fast', 'float']),
+    (['--learning_rate=1' + '0' * 400], ['learning_rate', 'float']),
     (['--bias=1'], ['--bias=1', 'bool', '1']),
     (['--stages=8'], ['--stages=8', 'tuple']),
     (['--seed=1', '--n_layer=2', '--seed=1'], ['--seed=1', 'seed is given twice']),
@@ -1084,6 +1090,15 @@ def test_a_signal_requests_a_stop_and_a_second_ctrl_c_quits_at_once(
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
+
+
+def test_the_command_that_resumes_names_code_again_wherever_it_was_set(restored_handlers, capsys):
+    run = types.SimpleNamespace(world_size=1, is_master=True)
+    config = {'out_dir': 'out/x', 'reward': 'r.py:f', 'gold': ''}
+    with pytest.raises(SystemExit):
+        StopSignal().end_training(run, stopping=True, step=3, config=config)
+    expected = '--init_from=resume --out_dir=out/x --reward=r.py:f\n'
+    assert capsys.readouterr().out.endswith(expected)
 
 
 def test_after_training_signals_end_the_process_again(restored_handlers, tmp_path):

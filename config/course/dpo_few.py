@@ -8,7 +8,8 @@
 # It needs out/sft, made with config/wordplay/sft.py. Chapter 8.3 compares it with PPO.
 #
 # Result after 10, 25, 100 and 300 steps, as a share of the 2,000 test pairs on which policy and
-# clean labels agree: 0.604, 0.662, 0.691, 0.713. Its responses get worse meanwhile, see the chapter.
+# clean labels agree: 0.604, 0.662, 0.691, 0.713. Its responses get worse meanwhile, see the
+# chapter.
 
 out_dir = 'out/dpo_few'
 loss = 'dpo'

@@ -20,8 +20,8 @@
 #
 # The calibration error is that of the scaled scores. So early in training all three are
 # under-confident: the best scale is 2 to 3. The gradient of the margin loss does not shrink as a
-# pair is learned, which helps here. A minute and a half per run on one core of a 2-core CPU with
-# AVX-512.
+# pair is learned, which helps here. Two to three minutes per run on one core of a 2-core CPU
+# with AVX-512.
 
 max_pairs = 8000
 max_iters = 500       # one epoch
